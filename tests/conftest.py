@@ -1,0 +1,34 @@
+"""What every test runs under: no hub, one thread per worker, and shape annotations that are executed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch, transformers or trl are imported, by any test and by any process that a test starts.
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import jaxtyping
+
+# Objectives only: in trainers the hook would type-check the configs too, and TRL passes ints to its own float fields.
+jaxtyping.install_import_hook("posttrain.objectives", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a model with random weights and its tokenizer, over the alphabet of countdown."""
+    from posttrain.launch.warm_start import character_tokenizer, small_model
+    from posttrain.recipe import WarmStart
+    from posttrain.tasks import load
+
+    task = load("countdown")
+    assert task.alphabet is not None and task.chat_template is not None
+    tokenizer = character_tokenizer(task.alphabet, task.chat_template)
+    settings = WarmStart(hidden_size=32, intermediate_size=64, layers=2, heads=2, seed=0)
+    folder: Path = tmp_path_factory.mktemp("tiny_model")
+    small_model(settings, tokenizer, "float32").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
