@@ -1,0 +1,100 @@
+"""Arithmetic on two-digit numbers, `12+34=`: one answer each. A probe of forgetting beside countdown.
+
+`12+34` and `34+12` are two prompts but fall in the same split, as do the two orders of a product.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from posttrain.tasks import BaseTask, Row, Split, TaskOptions
+from posttrain.tasks._characters import ALPHABET, CHAT_TEMPLATE, divide
+
+
+class Options(TaskOptions):
+    """Options of the task `arithmetic`."""
+
+    operations: list[Literal["+", "-", "*"]] = Field(default=["+"], min_length=1)
+    max_operand: Annotated[int, Field(ge=10, le=99)] = 99
+    """Operands are 10 to this."""
+    rows: Annotated[int, Field(gt=0)] = 1000
+    """Training prompts; evaluation prompts come on top, in proportion to `eval_share`."""
+    eval_share: Annotated[float, Field(ge=0, lt=1)] = 0.16
+    """Share of all prompts that is held out."""
+    seed: int = 0
+    """Of the draw, which decides which prompts are used and their order."""
+
+    @field_validator("operations")
+    @classmethod
+    def _each_once(cls, operations: list[str]) -> list[str]:
+        if len(set(operations)) < len(operations):
+            raise ValueError(f"{operations} names an operation twice: name each once")
+        return operations
+
+
+class Task(BaseTask):
+    """Sums, differences and products of two-digit numbers."""
+
+    name = "arithmetic"
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    @property
+    def verifier(self) -> tuple[str, dict[str, Any]]:
+        """The reward `math`, with its defaults."""
+        return "math", {}
+
+    def rows(self, split: Split) -> list[Row]:
+        """The prompts of a split, in drawn order.
+
+        Raises:
+            UserError: fewer prompts exist than `rows` asks for.
+        """
+        return list(self._splits[split])
+
+    def demonstrations(self, rows: Sequence[Row], count: int, *, seed: int) -> list[tuple[Row, str]]:
+        """Uniformly random rows, each with its answer."""
+        return [(row, row["answer"]) for row in random.Random(seed).choices(rows, k=count)]
+
+    @property
+    def alphabet(self) -> str:
+        """Digits, operators, and the signs that frame a prompt."""
+        return ALPHABET
+
+    @property
+    def chat_template(self) -> str:
+        """`^{prompt}?{answer}{eos}`."""
+        return CHAT_TEMPLATE
+
+    @cached_property
+    def _splits(self) -> dict[Split, list[Row]]:
+        options = self.options
+        operands = range(10, options.max_operand + 1)
+        problems = [(a, sign, b) for sign in sorted(options.operations) for a in operands for b in operands]
+        random.Random(options.seed).shuffle(problems)
+        rows = (_row(*problem) for problem in problems)
+        return divide(self.name, rows, options.rows, options.eval_share, identity=_identity)
+
+
+def _row(a: int, sign: str, b: int) -> Row:
+    answer = {"+": a + b, "-": a - b, "*": a * b}[sign]
+    return {
+        "prompt": [{"role": "user", "content": f"{a}{sign}{b}="}],
+        "key": f"arithmetic:{a}{sign}{b}",
+        "answer": str(answer),
+    }
+
+
+def _identity(row: Row) -> str:
+    """The key, with the operands of a commutative operation in order (two digits each, so text sorts as numbers)."""
+    expression = str(row["key"]).partition(":")[2]
+    first, sign, second = expression[:2], expression[2], expression[3:]
+    if sign != "-":
+        first, second = sorted((first, second))
+    return f"arithmetic:{first}{sign}{second}"

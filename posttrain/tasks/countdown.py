@@ -1,0 +1,135 @@
+"""Countdown on digits: combine every number once, read strictly left to right, to reach the target. Many solutions.
+
+The prompt `337=24` lists the digits in order and the target; `3*7+3` answers it. Operators are `+ - *`, there is no
+precedence and there are no parentheses. Prompts are the distinct pairs of a multiset of digits
+and a target that some expression reaches.
+
+They are drawn as if by drawing expressions uniformly at random and keeping each new prompt, so prompts with many
+solutions tend to come first, and a smaller `rows` is a prefix of a larger one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from posttrain.tasks import BaseTask, Row, Split, TaskOptions
+from posttrain.tasks._characters import ALPHABET, CHAT_TEMPLATE, divide
+
+Prompt = tuple[tuple[int, ...], int]
+"""The sorted numbers and the target."""
+
+Digit = Annotated[int, Field(ge=0, le=9)]
+
+
+class Options(TaskOptions):
+    """Options of the task `countdown`."""
+
+    numbers: Literal[3, 4] = 3
+    """Digits per prompt."""
+    min_digit: Digit = 1
+    max_digit: Digit = 9
+    max_target: Annotated[int, Field(ge=1)] = 99
+    """Targets are 1 to this."""
+    rows: Annotated[int, Field(gt=0)] | None = None
+    """Training prompts; default all of them for 3 numbers and 4,000 for 4. Evaluation prompts come on top, in
+    proportion to `eval_share`."""
+    eval_share: Annotated[float, Field(ge=0, lt=1)] = 0.16
+    """Share of all prompts that is held out."""
+    seed: int = 0
+    """Of the draw, which decides the order of the prompts and, with `rows`, which of them are used."""
+
+    @model_validator(mode="after")
+    def _range_of_digits(self) -> Options:
+        if self.min_digit > self.max_digit:
+            raise ValueError(f"min_digit {self.min_digit} exceeds max_digit {self.max_digit}: exchange them")
+        return self
+
+
+class Task(BaseTask):
+    """Countdown with 3 or 4 digits."""
+
+    name = "countdown"
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    @property
+    def verifier(self) -> tuple[str, dict[str, Any]]:
+        """The reward `countdown`, read left to right."""
+        return "countdown", {"precedence": "left_to_right"}
+
+    def rows(self, split: Split) -> list[Row]:
+        """The prompts of a split, in drawn order.
+
+        Raises:
+            UserError: fewer prompts exist than `rows` asks for.
+        """
+        return list(self._splits[split])
+
+    def demonstrations(self, rows: Sequence[Row], count: int, *, seed: int) -> list[tuple[Row, str]]:
+        """Uniformly random rows, each with a uniformly random solution."""
+        draw = random.Random(seed)
+        chosen = draw.choices(rows, k=count)
+        return [(row, draw.choice(self._solutions[tuple(row["numbers"]), row["target"]])) for row in chosen]
+
+    @property
+    def alphabet(self) -> str:
+        """Digits, operators, and the signs that frame a prompt."""
+        return ALPHABET
+
+    @property
+    def chat_template(self) -> str:
+        """`^{prompt}?{answer}{eos}`."""
+        return CHAT_TEMPLATE
+
+    @property
+    def _solutions(self) -> Mapping[Prompt, list[str]]:
+        options = self.options
+        return solve(options.numbers, options.min_digit, options.max_digit, options.max_target)
+
+    @cached_property
+    def _splits(self) -> dict[Split, list[Row]]:
+        solutions, options = self._solutions, self.options
+        draw = random.Random(options.seed)
+        # Waiting times at rates equal to the numbers of solutions: their order is that of first hits by expressions.
+        drawn = sorted(solutions, key=lambda prompt: draw.expovariate(len(solutions[prompt])))
+        wanted = 4000 if options.rows is None and options.numbers == 4 else options.rows
+        rows = (_row(prompt, solutions[prompt]) for prompt in drawn)
+        return divide(self.name, rows, wanted, options.eval_share, identity=lambda row: str(row["key"]))
+
+
+def _row(prompt: Prompt, solutions: Sequence[str]) -> Row:
+    numbers, target = prompt
+    content = f"{''.join(map(str, numbers))}={target}"
+    return {
+        "prompt": [{"role": "user", "content": content}],
+        "key": f"countdown:{content}",
+        "numbers": list(numbers),
+        "target": target,
+        "solutions": len(solutions),
+        "solution": solutions[0],
+    }
+
+
+@lru_cache(maxsize=4)
+def solve(numbers: int, min_digit: int, max_digit: int, max_target: int) -> Mapping[Prompt, list[str]]:
+    """Every prompt that has a solution, with all its solutions, both in a fixed order."""
+    digits = range(min_digit, max_digit + 1)
+    partial: list[tuple[tuple[int, ...], int, str]] = [((digit,), digit, str(digit)) for digit in digits]
+    for _ in range(numbers - 1):
+        partial = [
+            ((*used, digit), result, text + sign + str(digit))
+            for used, value, text in partial
+            for digit in digits
+            for sign, result in (("+", value + digit), ("-", value - digit), ("*", value * digit))
+        ]
+    found: dict[Prompt, list[str]] = {}
+    for used, value, text in partial:
+        if 1 <= value <= max_target:
+            found.setdefault((tuple(sorted(used)), value), []).append(text)
+    return dict(sorted(found.items()))
