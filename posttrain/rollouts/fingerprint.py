@@ -1,0 +1,65 @@
+"""Fingerprints of a policy: cheap hashes by which a store or an evaluation recognises the model that it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SAMPLED = 4096
+"""Values hashed per parameter. Any training step moves all of them, and an 8B model is hashed in seconds."""
+
+
+def weights_fingerprint(model: torch.nn.Module, *, adapters: bool = True) -> str | None:
+    """Hash of names, shapes, dtypes and evenly spaced values of all parameters (16 hex digits).
+
+    With `adapters=False`, what LoRA has added (modules saved with it, too) is left out, and names are those of the bare
+    model: the fingerprint is the base model's. `None` where parameters are partitioned over processes (ZeRO-3, FSDP)
+    and cannot be read here.
+    """
+    digest = hashlib.sha256()
+    parameters = model.named_parameters() if adapters else _base_parameters(model)
+    for name, parameter in sorted(parameters, key=lambda item: item[0]):
+        if hasattr(parameter, "ds_id") or type(parameter.data) is not torch.Tensor:
+            return None
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // _SAMPLED)
+        values = flat[::stride].to(device="cpu", dtype=torch.float64)
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if not any(part.startswith("lora_") or part == "modules_to_save" for part in parts):
+            yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of the token→id map, the special tokens and the chat template (16 hex digits)."""
+    content = {
+        "vocabulary": tokenizer.get_vocab(),
+        "eos": tokenizer.eos_token_id,
+        "template": tokenizer.chat_template,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()[:16]
+
+
+def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, adapters: bool = True) -> str:
+    """Weights and tokenizer as one string, `<weights>.<tokenizer>`; `unknown` stands for partitioned weights."""
+    return f"{weights_fingerprint(model, adapters=adapters) or 'unknown'}.{tokenizer_fingerprint(tokenizer)}"
+
+
+def differs(one: str, other: str) -> str | None:
+    """What two fingerprints disagree on: `the weights`, `the tokenizer or its chat template`, or None."""
+    (weights, tokenizer), (other_weights, other_tokenizer) = one.split("."), other.split(".")
+    if tokenizer != other_tokenizer:
+        return "the tokenizer or its chat template"
+    if weights != other_weights and "unknown" not in (weights, other_weights):
+        return "the weights"
+    return None
