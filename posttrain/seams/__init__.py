@@ -1,0 +1,1 @@
+"""Seams: the only modules that import TRL."""

@@ -1,0 +1,104 @@
+"""How a training run talks: one progress bar in place of TRL's printed dictionaries, and an orderly stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+
+from posttrain.progress import Bar
+
+_SHORT = {
+    "reward": "reward",
+    "entropy": "entropy",
+    "loss": "loss",
+    "mean_token_accuracy": "token accuracy",
+    "pef/divergence": "L_pef",
+    "kl": "kl",
+    "completions/mean_length": "length",
+}
+
+
+class ProgressBar(TrainerCallback):
+    """A bar of optimiser steps with the latest of a few metrics."""
+
+    def __init__(self, label: str, show: Sequence[str]) -> None:
+        self.label, self.show = label, show
+        self._bar: Bar | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar = Bar(self.label, state.max_steps, "steps", shown=state.is_world_process_zero).__enter__()
+        self._bar.to(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.to(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self._bar is not None and logs:
+            parts = [f"{_SHORT[name]} {logs[name]:.3g}" for name in self.show if logs.get(name) is not None]
+            if parts:
+                self._bar.to(state.global_step, "  ".join(parts))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+
+class StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\nStopping after this step and saving a checkpoint (once more to stop at once).", flush=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:  # not the main thread: leave signals alone
+                return
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+def quiet(trainer: Trainer, label: str, show: Sequence[str]) -> None:
+    """Replace what a Trainer prints by one progress bar."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ProgressBar(label, show))
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Marks every checkpoint that was written to its end, so that a resumed run never starts from half of one."""
+
+    MARKER = "complete"
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.MARKER).touch()
+
+    @classmethod
+    def latest(cls, folder: Path) -> str | None:
+        """The newest complete checkpoint below `folder`, or None."""
+        complete = [marker.parent for marker in folder.glob(f"checkpoint-*/{cls.MARKER}")]
+        return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None

@@ -1,0 +1,319 @@
+"""The seam with TRL's GRPOTrainer: one trainer on which every on-policy method stands.
+
+TRL generates, verifies and normalises; a method supplies an `objective` for rollouts and, when it rehearses stored
+answers, a `rehearsal`. Both are computed from one forward pass per micro-batch.
+
+Metrics logged here, each a mean over completion tokens of all processes: `entropy` (nats), `kl` (nats, only with a
+reference), `clip_ratio/low_mean`, `clip_ratio/high_mean`, `clip_ratio/region_mean` (fraction of tokens). TRL's
+per-sequence extremes `clip_ratio/low_min` and `clip_ratio/high_max` are left out: they cost two more collectives per
+micro-batch. Everything that TRL logs while generating (rewards, lengths, …) is unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+
+from posttrain.objectives.policy import clipped_surrogate, importance_ratio, kl_k3
+from posttrain.objectives.reduce import LOSS_TYPES, reduce, token_mean
+from posttrain.rollouts.replay import Draw, Replay
+
+__all__ = ["GRPOConfig", "OnPolicyTrainer", "StoredTokens", "Tokens"]
+
+Metrics = dict[str, Tensor]
+"""Per-token [B, T] values by metric name; the seam averages them over the mask and all processes."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What an objective sees of one micro-batch of rollouts; B answers, T tokens.
+
+    Attributes:
+        logps: log π_θ [B, T], with gradient (nats, at the rollout temperature).
+        old_logps: log π_old [B, T] of the policy that generated.
+        advantages: Â [B, 1], or [B, T] when a method annotates tokens.
+        mask: 1 on tokens that the model wrote [B, T].
+        entropy: of the next-token distribution [B, T], detached (nats).
+        sampler_ratio: correction for the sampling engine, [B, T] or [B, 1]; None when it needs none. It belongs on
+            the policy term only.
+        extra: whatever `annotate` added, and `ref_logps` [B, T] when there is an online reference.
+    """
+
+    logps: Tensor
+    old_logps: Tensor
+    advantages: Tensor
+    mask: Tensor
+    entropy: Tensor
+    sampler_ratio: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredTokens:
+    """What a rehearsal sees: B stored answers (possibly none), T tokens.
+
+    Attributes:
+        logps: log π_θ [B, T], with gradient (nats).
+        stored_logps: log π_ref [B, T] from the store (nats).
+        mask: 1 on answer tokens [B, T].
+    """
+
+    logps: Tensor
+    stored_logps: Tensor
+    mask: Tensor
+
+
+class OnPolicyTrainer(GRPOTrainer):
+    """GRPOTrainer with the loss replaced by `objective` (rollouts) and `rehearsal` (stored answers).
+
+    With nothing overridden it is GRPO, equal to TRL in value and gradient. Options of `GRPOConfig` that the loss here
+    does not honour are refused at construction.
+
+    Raises:
+        ValueError: such an option is set.
+    """
+
+    _tag_names = ["trl", "posttrain"]  # noqa: RUF012 - as TRL declares it
+    _name = "posttrain"
+
+    args: Any
+    max_completion_length: Any
+    model: Any
+
+    replay: Replay | None = None
+    replay_rows: int = 0
+    """Stored rows per optimiser step, over all processes."""
+    rehearsal_weight: float = 0.0
+    """Factor on the token mean over a step's stored rows."""
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is not None:
+            refuse_ignored_options(args)
+        super().__init__(model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"The model's router loss (router_aux_loss_coef = {self.router_aux_loss_coef}) is not part of this "
+                "objective: set router_aux_loss_coef = 0."
+            )
+        self._extra_keys: tuple[str, ...] = ()
+        self._window: tuple[int, int] = (-1, -1)
+
+    # ------------------------------------------------------------------ what a method supplies
+
+    def annotate(self, batch: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Tensors to carry with each rollout, [B, …] in the order of `rows`; called once per generation, no gradient.
+
+        TRL shuffles, splits and buffers them together with their rollout; the objective finds them in `tokens.extra`.
+        """
+        return {}
+
+    def objective(self, tokens: Tokens) -> tuple[Tensor, Metrics]:  # type: ignore[override]  # of no use to HF before a search
+        """Loss per token [B, T] of a micro-batch of rollouts, to be minimised, and metrics per token. GRPO here."""
+        per_token, metrics = self.policy_gradient(tokens)
+        if self.beta != 0.0:
+            kl = kl_k3(tokens.logps, tokens.extra["ref_logps"])
+            if self.args.use_bias_correction_kl:
+                kl = kl * importance_ratio(tokens.logps, tokens.old_logps)
+            per_token = per_token + self.beta * kl
+            metrics["kl"] = kl
+        return per_token, metrics
+
+    def policy_gradient(self, tokens: Tokens) -> tuple[Tensor, Metrics]:
+        """The clipped surrogate per token [B, T], corrected for the sampling engine, and the clip fractions."""
+        ratio = importance_ratio(tokens.logps, tokens.old_logps)
+        per_token = clipped_surrogate(
+            ratio,
+            tokens.advantages,
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            delta=self.args.delta,
+        )
+        if tokens.sampler_ratio is not None:
+            per_token = per_token * tokens.sampler_ratio
+        low = (ratio < 1.0 - self.epsilon_low) & (tokens.advantages < 0)
+        high = (ratio > 1.0 + self.epsilon_high) & (tokens.advantages > 0)
+        return per_token, {
+            "clip_ratio/low_mean": low.float(),
+            "clip_ratio/high_mean": high.float(),
+            "clip_ratio/region_mean": (low | high).float(),
+        }
+
+    def rehearsal(self, tokens: StoredTokens) -> tuple[Tensor, Metrics]:
+        """Loss per token [B, T] of stored answers, to be minimised, and metrics per token."""
+        raise NotImplementedError(f"{type(self).__name__} has a replay but no rehearsal objective.")
+
+    # ------------------------------------------------------------------ the three methods of TRL that we stand on
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        with torch.no_grad():
+            extra = self.annotate(batch, inputs)
+        taken = sorted(set(extra) & set(batch))
+        if taken:
+            raise ValueError(f"{type(self).__name__}.annotate returned '{taken[0]}', which TRL's batch has already.")
+        self._extra_keys = tuple(extra)
+        return {**batch, **extra}
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        training = self.model.training
+        draw = self._draw(self.replay) if training and self.replay is not None else None
+        rollouts, width = inputs["completion_ids"].shape
+        batch = inputs if draw is None else self._join(inputs, draw)
+        logps, entropy, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].size(1),
+            compute_entropy=True,
+            **{key: batch[key] for key in _VISION_KEYS if key in batch},
+        )
+
+        tokens = self._tokens(inputs, logps[:rollouts, :width], entropy[:rollouts, :width])
+        per_token, metrics = self.objective(tokens)
+        accumulation = self.current_gradient_accumulation_steps if training else 1
+        items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if training:  # `num_items_in_batch` spans the generation batch: rescale it to one accumulation window
+            items = items * accumulation / self.args.steps_per_generation
+        loss = reduce(
+            per_token, tokens.mask, loss_type=self.loss_type, tokens=items, max_length=self.max_completion_length
+        )
+        if self.loss_type != "dapo":
+            loss = loss / accumulation
+        measured = [(name, value, tokens.mask) for name, value in {**metrics, "entropy": tokens.entropy}.items()]
+
+        if draw is not None:
+            mask = batch["completion_mask"][rollouts:]
+            stored = StoredTokens(logps[rollouts:], batch["stored_logps"], mask)
+            stored_per_token, stored_metrics = self.rehearsal(stored)
+            # Gradients are averaged over processes, so each contributes its sum times their number.
+            share = token_mean(stored_per_token, mask, draw.tokens) * self.accelerator.num_processes
+            loss = loss + self.rehearsal_weight * share
+            measured += [(name, value, mask) for name, value in stored_metrics.items()]
+
+        self._measure(measured, "train" if training else "eval")
+        return loss
+
+    # ------------------------------------------------------------------ parts of the above
+
+    def _tokens(self, inputs: dict[str, Any], logps: Tensor, entropy: Tensor) -> Tokens:
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        advantages = inputs["advantages"]
+        extra = {key: inputs[key] for key in self._extra_keys if key in inputs}
+        if "ref_per_token_logps" in inputs:
+            extra["ref_logps"] = inputs["ref_per_token_logps"]
+        old_logps = inputs.get("old_per_token_logps")
+        correct = self.use_vllm and self.vllm_importance_sampling_correction
+        return Tokens(
+            logps=logps,
+            old_logps=logps.detach() if old_logps is None else old_logps,
+            advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
+            mask=mask,
+            entropy=entropy.detach(),
+            sampler_ratio=inputs["importance_sampling_ratio"] if correct else None,
+            extra=extra,
+        )
+
+    def _draw(self, replay: Replay) -> Draw:
+        """This process's stored rows for this micro-batch: a function of (step, micro-batch, rank) alone."""
+        step, micro = self._window
+        self._window = (self.state.global_step, micro + 1 if step == self.state.global_step else 0)
+        world = self.accelerator.num_processes
+        return replay.draw(
+            step=self.state.global_step,
+            rows=self.replay_rows,
+            slot=self._window[1] * world + self.accelerator.process_index,
+            slots=self.current_gradient_accumulation_steps * world,
+        )
+
+    def _join(self, inputs: dict[str, Any], draw: Draw) -> dict[str, Tensor]:
+        """Rollouts and stored answers as one batch: prompts padded on the left, answers on the right."""
+        answers = draw.answers
+        width = max([inputs["completion_ids"].size(1), *(len(a.token_ids) for a in answers)])
+        depth = max([inputs["prompt_ids"].size(1), *(len(a.prompt_ids) for a in answers)])
+        device, pad = inputs["completion_ids"].device, self._tokenizer.pad_token_id
+        rows = len(answers)
+        prompt_ids = torch.full((rows, depth), pad, device=device)
+        prompt_mask = torch.zeros((rows, depth), dtype=inputs["prompt_mask"].dtype, device=device)
+        completion_ids = torch.full((rows, width), pad, device=device)
+        completion_mask = torch.zeros((rows, width), dtype=inputs["completion_mask"].dtype, device=device)
+        stored_logps = torch.zeros((rows, width), device=device)
+        for row, answer in enumerate(answers):
+            prompt, length = len(answer.prompt_ids), len(answer.token_ids)
+            prompt_ids[row, depth - prompt :] = torch.tensor(answer.prompt_ids, device=device)
+            prompt_mask[row, depth - prompt :] = 1
+            completion_ids[row, :length] = torch.tensor(answer.token_ids, device=device)
+            completion_mask[row, :length] = 1
+            stored_logps[row, :length] = torch.tensor(answer.logps, device=device)
+
+        def fit(tensor: Tensor, size: int, left: bool, value: int = 0) -> Tensor:
+            missing = size - tensor.size(1)
+            return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)
+
+        return {
+            "prompt_ids": torch.cat([fit(inputs["prompt_ids"], depth, True, pad), prompt_ids]),
+            "prompt_mask": torch.cat([fit(inputs["prompt_mask"], depth, True), prompt_mask]),
+            "completion_ids": torch.cat([fit(inputs["completion_ids"], width, False, pad), completion_ids]),
+            "completion_mask": torch.cat([fit(inputs["completion_mask"], width, False), completion_mask]),
+            "stored_logps": stored_logps,
+        }
+
+    def _measure(self, measured: Sequence[tuple[str, Tensor, Tensor]], mode: str) -> None:
+        """Log token means over all processes, in one collective; a metric without any token is not logged."""
+        sums = [torch.stack([(value.detach() * mask).sum(), mask.sum().float()]) for _, value, mask in measured]
+        totals = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
+        for (name, _, _), (total, count) in zip(measured, totals, strict=True):
+            if count > 0:
+                self._metrics[mode][name].append(total / count)
+
+
+_VISION_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+_NEUTRAL: dict[str, tuple[Any, str]] = {
+    "importance_sampling_level": ("token", "ratios are per token here"),
+    "top_entropy_quantile": (1.0, "tokens are not selected by entropy here"),
+    "entropy_coef": (0.0, "there is no entropy bonus here"),
+    "use_adaptive_entropy": (False, "there is no entropy bonus here"),
+    "off_policy_mask_threshold": (None, "sequences are not masked by their off-policy KL here"),
+}
+
+
+def refuse_ignored_options(args: GRPOConfig) -> None:
+    """Refuse what TRL would honour and our loss would not, so that no setting is ignored in silence.
+
+    Raises:
+        ValueError: the option, its value, why it has no effect, and the value to set.
+    """
+    if args.loss_type not in LOSS_TYPES:
+        raise ValueError(
+            f"loss_type = '{args.loss_type}' is not one of {', '.join(LOSS_TYPES)}: choose one of them, or use TRL's "
+            "own trainer."
+        )
+    for name, (neutral, reason) in _NEUTRAL.items():
+        value = getattr(args, name)
+        if value != neutral:
+            raise ValueError(f"{name} = {value!r} would be ignored, because {reason}: set it to {neutral!r}.")
