@@ -1,0 +1,266 @@
+"""Comparisons and the report, on evaluations whose counts are written here."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import io
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from posttrain.errors import UserError
+from posttrain.evaluation.compare import Comparison, compare, table, verdict
+from posttrain.evaluation.evaluate import EvaluationResult
+from posttrain.evaluation.metrics import pass_at_k
+from posttrain.evaluation.report import write_report
+
+N = 8
+
+
+def evaluation(
+    label: str,
+    c: Sequence[int],
+    *,
+    distinct: int = 1,
+    prompt: str = "2+2",
+    wrong: str = "no",
+    n: int = N,
+    **identity: Any,
+) -> EvaluationResult:
+    """c correct of n answers to each problem, in `distinct` different texts; even problems have 1 solution, odd 5."""
+    answers: list[list[str | None]] = [[f"{i % distinct}" for i in range(right)] + [wrong] * (n - right) for right in c]
+    ones = np.ones(len(c), dtype=np.int64)
+    return EvaluationResult(
+        label=label,
+        identity={
+            "task": "sums", "data": "d", "verifier": "exact", "n": n, "temperature": 1.0, "top_p": 0.9,
+            "max_tokens": 16, "model": label, "seed": 3,
+        } | identity,
+        k=(1, 4),
+        resamples=500,
+        confidence=0.95,
+        statuses={},
+        metrics={},
+        versions={},
+        keys=[str(i) for i in range(len(c))],
+        prompts=[prompt] * len(c),
+        solutions=np.arange(len(c), dtype=np.int64) % 2 * 4 + 1,
+        answers=answers,
+        correct=[[True] * right + [False] * (n - right) for right in c],
+        tokens=ones * 5 * n,
+        tokens_correct=np.array(c) * 4,
+        tokens_wrong=(n - np.array(c)) * 6,
+        samples=ones * n,
+        truncated=ones,
+    )  # fmt: skip
+
+
+# 40 problems; the collapsed run solves the odd ones always and the even ones never
+BASE, COLLAPSED, KEPT = [2, 3] * 20, [0, 8] * 20, [4, 5] * 20
+
+
+@pytest.fixture
+def comparison() -> Comparison:
+    results = {
+        "base": evaluation("base", BASE, distinct=3),
+        "grpo": evaluation("grpo", COLLAPSED),
+        "dph_rl": evaluation("dph_rl", KEPT, distinct=4),
+    }
+    return compare(results, "base")
+
+
+def report(comparison: Comparison, folder: Path, **changes: Any) -> str:
+    arguments: dict[str, Any] = {
+        "title": "A report", "recipe_yaml": "name: sums\n", "provenance": {"git": "0abc", "seeds": {"training": 5}},
+        "histories": {}, "command": "posttrain run sums",
+    } | changes  # fmt: skip
+    write_report(comparison, folder / "report.html", **arguments)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_numbers_by_hand(comparison: Comparison) -> None:
+    base, grpo, dph_rl = comparison.runs.values()
+    # pass@1: (2 + 3) / 16, (0 + 8) / 16, (4 + 5) / 16
+    assert [run.pass_at_k[1].value for run in (base, grpo, dph_rl)] == [0.3125, 0.5, 0.5625]
+    # pass@4: 1 − C(6, 4)/C(8, 4) = 55/70 and 1 − C(5, 4)/C(8, 4) = 65/70
+    assert base.pass_at_k[4].value == pytest.approx(60 / 70, rel=1e-12)
+    assert grpo.pass_at_k[4].value == 0.5
+    assert list(base.pass_at_k) == [1, 2, 4]
+    # distinct: min(c, 3), one on every other problem, all 4
+    assert [run.distinct_correct.value for run in (base, grpo, dph_rl)] == [2.5, 0.5, 4.0]
+    # retention@4 of grpo: the odd problems, 65 / (55 + 65); gain: 5 / (15 + 5)
+    assert grpo.retention[4] is not None
+    assert grpo.retention[4].value == pytest.approx(65 / 120, rel=1e-12)
+    assert grpo.gain[4] is not None
+    assert grpo.gain[4].value == pytest.approx(5 / 20, rel=1e-12)
+    # base against itself: 2 pass@4 − pass@8 = 2·55/70 − 1 and 2·65/70 − 1, over their pass@4
+    assert base.retention[4] is not None
+    assert base.retention[4].value == pytest.approx((40 + 60) / 120, rel=1e-12)
+    assert base.gain[4] is None
+    assert base.tokens is not None
+    assert (base.tokens.value, base.truncated and base.truncated.value) == (5.0, 1 / N)
+
+
+def test_differences_are_paired_and_main_is_compared_with_the_others(comparison: Comparison) -> None:
+    found = {(d.run, d.against, d.k): d.estimate for d in comparison.differences}
+    assert list(found) == [
+        (run, against, k) for run, against in (("grpo", "base"), ("dph_rl", "base"), ("dph_rl", "grpo")) for k in (1, 4)
+    ]
+    # 2 more of 8 on every problem: nothing varies, so the interval is a point; unpaired it would not be
+    assert found["dph_rl", "base", 1] == (0.25, 0.25, 0.25)
+    assert found["grpo", "base", 4].value == pytest.approx(0.5 - 60 / 70, rel=1e-12)
+    assert found["grpo", "base", 4].high < 0
+
+
+def test_the_loss_is_shown_where_it_sits(comparison: Comparison) -> None:
+    few, many = comparison.groups
+    assert (few.name, few.problems, many.name, many.problems) == ("≤ 3 solutions", 20, "> 3 solutions", 20)
+    assert few.pass_at_k["grpo"].value == 0.0
+    assert many.pass_at_k["grpo"].value == 1.0
+    assert [d.estimate.value for d in many.differences] == pytest.approx([5 / 70, 5 / 70], rel=1e-12)
+
+
+def test_problems_without_enough_verdicts_are_left_out_of_every_run() -> None:
+    base, other = evaluation("base", BASE), evaluation("other", KEPT)
+    broken = dataclasses.replace(
+        other,
+        answers=[other.answers[0][:3], *other.answers[1:]],
+        correct=[other.correct[0][:3], *other.correct[1:]],
+    )
+    both = compare({"base": base, "other": broken}, "base")
+    assert both.dropped == {1: 0, 4: 1}
+    expected = np.mean([pass_at_k(N, c, 4) for c in BASE[1:]])
+    assert both.runs["base"].pass_at_k[4].value == pytest.approx(expected, rel=1e-12)
+    assert both.runs["other"].without_verdict == 5
+    assert both.draws == N
+    assert "Problems left out of pass@4 for want of verdicts: 1." in str(table(both).caption)
+
+
+def test_the_verdict_follows_the_data(comparison: Comparison) -> None:
+    sentences = verdict(comparison)
+    assert sentences[0].startswith("Against base, grpo raised pass@1 (+18.8 points [")
+    assert "and lowered pass@4 (−35.7 points [−" in sentences[0]
+    assert re.search(r"dph_rl shows no significant difference in pass@1 .* and is higher in pass@4 \(\+", sentences[2])
+
+    swapped = compare({"base": evaluation("base", KEPT), "grpo": evaluation("grpo", BASE)}, "base")
+    assert verdict(swapped)[0].startswith("Against base, grpo lowered pass@1 (−25.0 points [−25.0, −25.0])")
+    same = compare({"base": evaluation("base", BASE), "grpo": evaluation("grpo", BASE[::-1])}, "base")
+    assert "no significant change in pass@1 (0.0 points [−" in verdict(same)[0]
+
+
+def test_what_cannot_be_compared_is_refused(comparison: Comparison) -> None:
+    base = comparison.results["base"]
+    with pytest.raises(UserError, match=r"'other' and 'base' cannot be compared \('data' is 'e' there and 'd' here\)"):
+        compare({"base": base, "other": evaluation("other", BASE, data="e")}, "base")
+    with pytest.raises(UserError, match="no evaluation 'bse' to compare; did you mean 'base'"):
+        compare({"base": base}, "bse")
+    with pytest.raises(UserError, match="No problem has 4 verdicts"):
+        compare({"base": evaluation("base", [1, 1], n=3)}, "base")
+
+
+def test_json_holds_the_numbers(comparison: Comparison) -> None:
+    content = json.loads(comparison.to_json())
+    assert content["runs"]["grpo"]["pass_at_k"]["1"]["value"] == 0.5
+    assert content["verdict"] == verdict(comparison)
+    assert "results" not in content
+
+
+def test_the_table_fits_a_terminal(comparison: Comparison) -> None:
+    from rich.console import Console
+
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table(comparison))
+    text = console.export_text()
+    assert "…" not in text
+    row = next(line for line in text.splitlines() if "grpo" in line)
+    assert re.findall(r"[\d.]+", row) == ["50.0", "50.0", "0.50", "54.2"]
+    assert "40 problems, 8 answers each" in text
+
+
+class _Page(HTMLParser):
+    """Counts tags that a well-formed page closes, and collects what would be loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "action", "srcset")]
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+HISTORY = [{"step": s, "reward": 0.1 * s, "entropy": 1.0 / (s + 1), "kl": float("nan")} for s in range(6)]
+
+
+def test_the_page_is_whole_and_needs_no_network(comparison: Comparison, tmp_path: Path) -> None:
+    text = report(comparison, tmp_path, histories={"grpo": [*HISTORY, {"step": 5, "train_runtime": 1.0}], "dph_rl": []})
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert all(address.startswith("#") for address in page.addresses)
+    assert "http" not in text
+    assert "@import" not in text
+    assert re.search(r"url\((?!#)", text) is None
+    assert len(page.ids) == len(set(page.ids))
+    # every reference inside a drawing points into the same page
+    assert {a[1:] for a in page.addresses} | set(re.findall(r"url\(#([^)]+)\)", text)) <= set(page.ids)
+    # pass@k, bars, reward, entropy: a metric of NaN alone and a summary line draw nothing
+    assert text.count("<svg") == 4
+    # no placeholder colour is left, so every line follows the theme
+    assert re.search(r"#f[de]00", text) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_page_shows_the_numbers(comparison: Comparison, tmp_path: Path) -> None:
+    text = html.unescape(report(comparison, tmp_path))
+    for sentence in verdict(comparison):
+        assert sentence in text
+    for run in comparison.runs.values():
+        value, low, high = (f"{100 * x:.1f}" for x in run.pass_at_k[4])
+        assert f'{value}<span class="interval">[{low}, {high}]</span>' in text
+    # 20 problems that base solves with pass@4 = 55/70 are never solved by grpo
+    assert "Of 40 problems that base solves with a pass@4 of at least ½, grpo lost 20, dph_rl lost 0" in text
+    assert "0 of 8 correct" in text
+    for words in ("posttrain run sums", "name: sums", "0abc", '{"training": 5}'):
+        assert words in text
+
+
+def test_model_text_is_escaped(tmp_path: Path) -> None:
+    attack = "<script>alert(1)</script>"
+    results = {
+        "base": evaluation("base", BASE, wrong=attack, prompt=attack),
+        "<b>run</b>": evaluation("run", COLLAPSED, wrong=attack),
+    }
+    text = report(compare(results, "base"), tmp_path, title=attack, histories={"<b>run</b>": HISTORY}, command=attack)
+    assert "<script" not in text
+    assert "<b>" not in text
+    # title twice, command, five prompts, and their wrong answers in two runs
+    assert text.count("&lt;script&gt;") == 2 + 1 + 5 + 10
+
+
+def test_a_single_policy_can_be_reported(tmp_path: Path) -> None:
+    alone = compare({"base": evaluation("base", [N] * 6)}, "base")
+    text = report(alone, tmp_path)
+    assert "Paired differences" not in text
+    assert "100.0" in text
