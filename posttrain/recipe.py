@@ -1,0 +1,418 @@
+"""What a recipe may say: a strict schema, `extends:` for bases, and `--set a.b=c` overrides. No torch, no TRL.
+
+A recipe is a YAML file that holds departures from the defaults. `load` reads it with its bases, applies overrides and
+validates; every mistake is one sentence that names the file, the key and the nearest known name. The arguments of the
+trainer (`method.args`) are checked in a second pass, against the trainer's own config class
+(`posttrain.launch.resolve`), because importing TRL takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from posttrain.errors import UserError, did_you_mean
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys and silent conversions are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+class WarmStart(Section):
+    """A small causal language model, made from nothing and trained by SFT on solutions the task generates."""
+
+    architecture: Literal["qwen2", "qwen3", "llama"] = "qwen2"
+    hidden_size: PositiveInt = 64
+    """Width of the residual stream."""
+    intermediate_size: PositiveInt = 172
+    """Width of the gated MLP."""
+    layers: PositiveInt = 2
+    heads: PositiveInt = 4
+    """Attention heads; must divide `hidden_size`."""
+    steps: PositiveInt = 1500
+    """Optimiser steps of supervised fine-tuning."""
+    batch_size: PositiveInt = 128
+    """Demonstrations per step."""
+    learning_rate: PositiveFloat = 2e-3
+    """Peak of a cosine schedule."""
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> WarmStart:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of 2 × heads = {2 * self.heads}: change one of them"
+            )
+        return self
+
+
+class Lora(Section):
+    """Low-rank adapters (peft.LoraConfig)."""
+
+    r: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class Model(Section):
+    """The initial policy: a model on disk or on the hub (`path`), or one that is made here (`warm_start`)."""
+
+    path: str | None = None
+    """Folder, or name on the Hugging Face hub."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    lora: Lora | None = None
+    warm_start: WarmStart | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        if (self.path is None) == (self.warm_start is None):
+            raise ValueError("name exactly one source: path (a model that exists) or warm_start (one made here)")
+        if self.warm_start is not None and self.revision is not None:
+            raise ValueError("revision has no effect on a warm-started model: remove it")
+        return self
+
+
+class Task(Section):
+    """Where prompts come from (`posttrain tasks` lists them)."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Reward(Section):
+    """One column of rewards: a verifier of the registry (`name`) or your own TRL reward (`function`)."""
+
+    name: str | None = None
+    function: str | None = None
+    """`module:function` with TRL's signature (prompts, completions, **columns) -> list[float | None]."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    weight: float = 1.0
+    """Factor in the sum that GRPO normalises."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Reward:
+        if (self.name is None) == (self.function is None):
+            raise ValueError("give either name (a verifier of the registry) or function (module:function)")
+        if self.function is not None and self.options:
+            raise ValueError("options belong to a reward of the registry; a function takes none")
+        return self
+
+
+class Method(Section):
+    """The trainer (`posttrain methods` lists them) and its arguments."""
+
+    name: str
+    prompts_per_step: PositiveInt | None = None
+    """Prompts per optimiser step; when given, `gradient_accumulation_steps` follows from the batch identity."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the trainer's config class (`posttrain methods show NAME`)."""
+
+
+class Baseline(Section):
+    """Another method beside the main one. It takes over every argument of `method.args` that its config class knows."""
+
+    name: str
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments that differ from `method.args`."""
+    called: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = None
+    """Name of the run, when one method runs more than once; default its method's."""
+
+    @property
+    def label(self) -> str:
+        """Name of the run."""
+        return self.called or self.name
+
+
+class Presample(Section):
+    """Phase 1 of DPH-RL: answers of the initial policy, verified and split. Defaults: the paper and its code.
+
+    Source: arXiv 2509.07430 (k = 8, T = 1; top-p 0.95 from the released code).
+    """
+
+    samples_per_prompt: PositiveInt = 8
+    """k answers per training prompt."""
+    temperature: PositiveFloat = 1.0
+    top_p: Probability = 0.95
+    pef_threshold: PositiveInt | None = None
+    """A prompt with at least this many of k answers correct is near-perfect (D_pef); default k, the strictest."""
+    stored_per_prompt: PositiveInt = 1
+    """Fresh answers drawn, checked and stored for each near-perfect prompt."""
+    on_failed_check: Literal["explore", "drop"] = "explore"
+    """Where a prompt goes whose fresh answer is wrong: back to exploration, or out of the data."""
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _threshold_reachable(self) -> Presample:
+        if self.pef_threshold is not None and self.pef_threshold > self.samples_per_prompt:
+            raise ValueError(
+                f"pef_threshold {self.pef_threshold} exceeds samples_per_prompt {self.samples_per_prompt}: no prompt "
+                "could reach it"
+            )
+        return self
+
+
+class Rollout(Section):
+    """How answers are generated; one engine and one set of sampling settings serve the whole run."""
+
+    engine: Literal["transformers"] = "transformers"
+    max_tokens: PositiveInt = 512
+    """Longest answer in tokens, the end-of-sequence token included."""
+    temperature: PositiveFloat = 1.0
+    """Of training rollouts; log-probs are taken at the same temperature."""
+    batch_size: PositiveInt = 256
+    """Sequences per `generate` call in pre-sampling and evaluation."""
+
+
+class Evaluation(Section):
+    """pass@k of the initial policy and of every trained one, on the same held-out prompts."""
+
+    prompts: PositiveInt | None = None
+    """Held-out prompts; default all of them."""
+    n: PositiveInt = 128
+    """Answers per prompt; n ≥ 2k is advised."""
+    k: list[PositiveInt] = Field(default_factory=lambda: [1, 4, 16, 64], min_length=1)
+    temperature: PositiveFloat = 1.0
+    top_p: Probability = 1.0
+    resamples: PositiveInt = 1000
+    """Bootstrap resamples behind every interval."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    seed: NonNegativeInt = 1234
+
+    @model_validator(mode="after")
+    def _k_at_most_n(self) -> Evaluation:
+        too_large = [k for k in self.k if k > self.n]
+        if too_large:
+            raise ValueError(f"k = {too_large[0]} exceeds n = {self.n}: draw more answers (n) or ask for a smaller k")
+        if sorted(set(self.k)) != self.k:
+            raise ValueError(f"k must increase without repeats, got {self.k}")
+        return self
+
+
+class Launch(Section):
+    """How many processes train, and with which accelerate configuration."""
+
+    processes: PositiveInt = 1
+    config_file: str | None = None
+    """An accelerate configuration (YAML) for DeepSpeed, FSDP or several machines."""
+
+
+class Recipe(Section):
+    """One run, from the initial policy to the report."""
+
+    name: str
+    seed: NonNegativeInt = 0
+    """Seed of the training runs (data order, sampling, dropout)."""
+    model: Model
+    task: Task
+    rewards: list[Reward] = Field(default_factory=list)
+    """Default: the verifier of the task, weight 1."""
+    method: Method
+    presample: Presample = Field(default_factory=Presample)
+    rollout: Rollout = Field(default_factory=Rollout)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    launch: Launch = Field(default_factory=Launch)
+    baselines: list[Baseline] = Field(default_factory=list)
+    """Methods that are trained and evaluated beside this one, on the same model, task and settings."""
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Recipe:
+        labels = ["base", self.method.name, *(baseline.label for baseline in self.baselines)]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two runs are called '{twice}': give the baseline another name (called)")
+        return self
+
+    def digest(self) -> str:
+        """A hash of everything the recipe says (16 hex digits)."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-6 as a float (YAML 1.2) and refuses a key that is written twice."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)$|^[-+]?(\d+\.\d*|\.\d+)$|^[-+]?\.(inf|Inf)$"),
+    list("-+0123456789."),
+)
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=deep)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key '{key}' is written twice", key_node.start_mark
+            )
+        seen.add(key)
+    return dict(loader.construct_pairs(node, deep=deep))
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+
+RECIPES = Path(__file__).resolve().parent / "recipes"
+
+
+def parse_value(text: str) -> Any:
+    """A value as YAML reads it: `1e-6` a float, `true` a bool, `[1, 4]` a list, everything else a string."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+
+
+def names() -> dict[str, Path]:
+    """The recipes that ship with the package, by name (`dph_rl/countdown3`), without the bases."""
+    return {
+        str(path.relative_to(RECIPES).with_suffix("")): path
+        for path in sorted(RECIPES.glob("*/*.yaml"))
+        if path.parent.name != "bases"
+    }
+
+
+def find(reference: str) -> Path:
+    """The file of a recipe: a path, or the name of one that ships with the package.
+
+    Raises:
+        UserError: there is neither.
+    """
+    path = Path(reference)
+    if path.is_file():
+        return path.resolve()
+    known = names()
+    name = re.sub(r"^recipes/|\.ya?ml$", "", reference)
+    if name in known:
+        return known[name]
+    if path.is_dir():
+        raise UserError(f"'{reference}' is a folder, not a recipe{did_you_mean(name, known)}")
+    raise UserError(f"There is no recipe '{reference}', neither a file nor one of ours{did_you_mean(name, known)}")
+
+
+def read(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The recipe's mapping with its bases merged in, not validated yet.
+
+    Raises:
+        UserError: the file cannot be read or parsed, or the chain of `extends:` is broken or circular.
+    """
+    path = path.resolve()
+    if path in _chain:
+        raise UserError(f"The recipe {path.name} extends itself through {' -> '.join(p.name for p in _chain)}.")
+    try:
+        content = parse_value(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        source = f", which {_chain[-1].name} extends" if _chain else ""
+        raise UserError(f"There is no recipe file {path}{source}: correct the path.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}, but a recipe is a mapping of sections.")
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise UserError(f"extends in {path} must be one path, got {base!r}.")
+    return _merge(read(path.parent / base, (*_chain, path)), content)
+
+
+def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`change` over `base`, mapping by mapping; lists and scalars are replaced."""
+    merged = dict(base)
+    for key, value in change.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def override(content: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """`a.b=c` assignments over a recipe's mapping; values are read as YAML.
+
+    Raises:
+        UserError: an assignment has no `=`, or runs through something that is no mapping.
+    """
+    for assignment in assignments:
+        keys, equals, text = assignment.partition("=")
+        parts = keys.strip().split(".")
+        if not equals or not all(parts):
+            raise UserError(f"--set takes a.b=value, got '{assignment}'.")
+        try:
+            change: Any = parse_value(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {keys}: '{text}' is no YAML value; quote it.") from None
+        for part in reversed(parts):
+            change = {part: change}
+        node: Any = content
+        for depth, part in enumerate(parts[:-1]):
+            node = node.get(part) if isinstance(node, dict) else None
+            if node is not None and not isinstance(node, dict):
+                raise UserError(f"--set {keys}: '{'.'.join(parts[: depth + 1])}' is a value, not a section.")
+        content = _merge(content, change)
+    return content
+
+
+def validate(content: Mapping[str, Any], source: str) -> Recipe:
+    """Check a mapping against the schema.
+
+    Raises:
+        UserError: the first mistake, with its key, what was wanted and the nearest known name.
+    """
+    try:
+        return Recipe(**content)
+    except ValidationError as error:
+        raise UserError(_sentence(error, source)) from None
+
+
+def load(reference: str, assignments: Sequence[str] = ()) -> Recipe:
+    """Find, read, override and validate a recipe.
+
+    Raises:
+        UserError: anything in it is wrong.
+    """
+    path = find(reference)
+    return validate(override(read(path), assignments), path.name)
+
+
+def _sentence(error: ValidationError, source: str) -> str:
+    problems = error.errors()
+    first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        return f"{source}: unknown key '{key}'{did_you_mean(location[-1], _fields_at(location[:-1]))}"
+    if first["type"] == "missing":
+        return f"{source}: the key '{key}' is missing."
+    message = first["msg"].removeprefix("Value error, ")
+    found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+    return f"{source}: {key or 'recipe'}: {message[0].lower()}{message[1:]}{found}."
+
+
+def _fields_at(location: Sequence[str]) -> Iterator[str]:
+    """Known keys of the section at a location in the schema."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        field = section.model_fields.get(part)
+        if field is None:
+            continue  # an index into a list
+        candidates = [field.annotation, *get_args(field.annotation)]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), section)
+    yield from section.model_fields
