@@ -1,0 +1,35 @@
+"""`posttrain check`: what is wrong with a recipe, or all that it says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from posttrain.cli.console import print_yaml
+from posttrain.cli.run import RecipeArgument, SetOption, read
+
+if TYPE_CHECKING:
+    from posttrain.launch.resolve import BatchIdentity
+
+
+def command(recipe: RecipeArgument, assignments: SetOption = None) -> None:
+    """Check a recipe and its baselines, and print it with every default written out; nothing is trained.
+
+    Keys, values and names are checked at once. The arguments of the trainer come second, because they need its
+    library, which takes seconds to import. Data and models are not loaded.
+    """
+    loaded = read(recipe, assignments)
+    from posttrain.launch.resolve import resolve, with_baselines
+
+    resolved = [resolve(each) for each in with_baselines(loaded).values()][-1]
+    print_yaml(resolved.recipe.to_yaml())
+    typer.echo(f"# {resolved.method_class_name}: {batch_identity(resolved.batch)}")
+
+
+def batch_identity(batch: BatchIdentity) -> str:
+    """One optimiser step, counted in sequences from both sides."""
+    return (
+        f"world {batch.world} × per-device {batch.per_device} × accumulation {batch.accumulation} = "
+        f"{batch.prompts} prompts × {batch.generations} generations = {batch.prompts * batch.generations}"
+    )

@@ -1,0 +1,65 @@
+"""How commands speak: one sentence for what a user can act on, a traceback for everything else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from posttrain.errors import UserError
+
+
+def prepare() -> None:
+    """What every command of ours does first, and no import of this package does."""
+    # A recipe may name a function of the working directory; last, so that nothing there hides a package.
+    sys.path.append(os.getcwd())
+    # vLLM, which TRL imports, remarks on every machine without a GPU that Triton is of no use there.
+    logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+
+
+@contextmanager
+def reported(interrupted: str = "interrupted") -> Iterator[None]:
+    """Print a `UserError` as `error: …` and exit with 2; exit with 130 on Ctrl-C, saying `interrupted`."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo(f"\n{interrupted}", err=True)
+        raise typer.Exit(130) from None
+
+
+class Group(TyperGroup):
+    """A group whose commands report user errors in one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        with reported():
+            return super().invoke(ctx)
+
+
+class Command(TyperCommand):
+    """A command that stands alone and reports user errors in one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with reported():
+            return super().invoke(ctx)
+
+
+def print_yaml(text: str) -> None:
+    """Write YAML: highlighted on a terminal, as it is anywhere else."""
+    if not sys.stdout.isatty():
+        typer.echo(text.rstrip("\n"))
+        return
+    from rich.console import Console
+    from rich.syntax import Syntax
+
+    Console().print(Syntax(text.rstrip("\n"), "yaml", theme="ansi_dark", word_wrap=True))

@@ -1,0 +1,136 @@
+"""`posttrain methods`, `rewards`, `tasks` and `recipes`: what there is, read from the sources and never imported."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from posttrain import recipe as recipes
+from posttrain import registry
+from posttrain.cli.console import print_yaml
+
+
+def listing(kind: str) -> typer.Typer:
+    """The commands `posttrain <kind>s` and `posttrain <kind>s show NAME` of one registry."""
+    app = typer.Typer(invoke_without_command=True)
+
+    @app.callback()
+    def _list(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            _print_columns({name: entry.summary for name, entry in registry.entries(kind).items()})
+
+    @app.command("show", help=f"Explain one {kind} and the settings that it takes.")
+    def _show(name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)]) -> None:
+        entry = registry.entry(kind, name)
+        typer.echo(entry.doc)
+        for settings in settings_of(entry):
+            typer.echo(f"\n{typer.style(settings.title, bold=True)}")
+            for field in settings.fields:
+                typer.echo(f"\n  {typer.style(field.name, fg='cyan')}: {field.type}{field.default}")
+                if field.help:
+                    typer.echo(textwrap.fill(field.help, _width(), initial_indent="      ", subsequent_indent="      "))
+
+    return app
+
+
+def recipe_listing() -> typer.Typer:
+    """The commands `posttrain recipes` and `posttrain recipes show NAME`."""
+    app = typer.Typer(invoke_without_command=True)
+
+    @app.callback()
+    def _list(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            _print_columns({name: _recipe_summary(path) for name, path in recipes.names().items()})
+
+    @app.command("show", help="Print a recipe as it was written (posttrain check adds the defaults).")
+    def _show(name: Annotated[str, typer.Argument(metavar="NAME", show_default=False)]) -> None:
+        print_yaml(recipes.find(name).read_text(encoding="utf-8"))
+
+    return app
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a config or options class, as the source writes it; `default` includes its ` = `."""
+
+    name: str
+    type: str
+    default: str
+    help: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields that one class of a module adds or changes."""
+
+    title: str
+    fields: list[Setting]
+
+
+def settings_of(entry: registry.Entry) -> Iterator[Settings]:
+    """The config class of a method, or the options of a reward or task: only what its own class body says."""
+    path = entry.path
+    if path is None:
+        spec = importlib.util.find_spec(entry.module)
+        path = Path(spec.origin) if spec is not None and spec.origin else None
+    if path is None:
+        return
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and entry.kind == "method" and node.name.endswith("Config"):
+            bases = ", ".join(ast.unparse(base) for base in node.bases)
+            yield Settings(f"{node.name} adds or changes, over {bases}:", list(_fields(node)))
+        elif isinstance(node, ast.ClassDef) and entry.kind != "method" and node.name == "Options":
+            yield Settings("Options:", list(_fields(node)))
+
+
+def _fields(owner: ast.ClassDef) -> Iterator[Setting]:
+    for node, following in zip(owner.body, [*owner.body[1:], None], strict=True):
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        kind = ast.unparse(node.annotation)
+        if node.target.id.startswith("_") or kind.startswith("ClassVar"):
+            continue
+        text = _constant(following.value) if isinstance(following, ast.Expr) else ""
+        default = node.value
+        if isinstance(default, ast.Call) and ast.unparse(default.func) in {"field", "Field", "dataclasses.field"}:
+            given = {keyword.arg: keyword.value for keyword in default.keywords}
+            text = text or _help(given.get("metadata"))
+            default = given.get("default", given.get("default_factory", default.args[0] if default.args else None))
+        yield Setting(node.target.id, kind, f" = {ast.unparse(default)}" if default is not None else "", text)
+
+
+def _help(metadata: ast.expr | None) -> str:
+    if isinstance(metadata, ast.Dict):
+        for key, value in zip(metadata.keys, metadata.values, strict=True):
+            if key is not None and _constant(key) == "help":
+                return _constant(value)
+    return ""
+
+
+def _constant(node: ast.expr) -> str:
+    """The text of a string literal on one line; empty for anything else."""
+    return " ".join(node.value.split()) if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+def _recipe_summary(path: Path) -> str:
+    """The second line of a recipe; its first is the command that runs it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return lines[1].removeprefix("#").strip() if len(lines) > 1 and lines[1].startswith("#") else ""
+
+
+def _print_columns(rows: Mapping[str, str]) -> None:
+    width = max((len(name) for name in rows), default=0)
+    for name, summary in rows.items():
+        typer.echo(f"{typer.style(name.ljust(width), fg='cyan')}  {summary}".rstrip())
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, 120)

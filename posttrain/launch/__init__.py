@@ -1,0 +1,1 @@
+"""Launching: from a recipe to finished runs and a report."""

@@ -1,0 +1,422 @@
+"""The job behind `posttrain run`: initial policy → pre-sampling → training → evaluation → report.
+
+    <output>/recipe.yaml        the resolved recipe            <output>/provenance.json   versions, git, seeds, command
+    <output>/store/             pre-sampled answers            <output>/<label>/evaluation/
+    <output>/<label>/model/     the trained policy             <output>/<label>/history.json   what training logged
+    <output>/comparison.json    the numbers                    <output>/report.html
+
+Labels are `base` (the initial policy) and the names of the methods. Every stage is reused when it is finished and
+continued when it was interrupted, so the same command run again does only what is missing. All processes of a launch
+run `run`; those other than the first share sampling and training and leave writing to it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from posttrain import atomic, registry, rewards, tasks
+from posttrain import recipe as recipes
+from posttrain.errors import UserError
+from posttrain.launch.provenance import provenance
+from posttrain.launch.resolve import Resolved, resolve, trainer_config, with_baselines
+from posttrain.recipe import Lora, Recipe, WarmStart
+
+BASE = "base"
+
+
+@dataclass
+class Workers:
+    """The processes of this launch."""
+
+    rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
+    world: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world == 1:
+            return
+        from accelerate import PartialState
+
+        # Sampling and warm starts on the first process can take hours: nobody may give up waiting before.
+        PartialState(timeout=timedelta(days=2)).wait_for_everyone()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked recipe with everything that it names, and the baselines that run beside it."""
+
+    resolved: Resolved
+    task: tasks.BaseTask
+    verifier: rewards.Verifier
+    train_rows: list[tasks.Row]
+    eval_rows: list[tasks.Row]
+    runs: dict[str, Resolved]
+    """Every method to train, by label; baselines first."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The main recipe."""
+        return self.resolved.recipe
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Check everything that can be checked without weights.
+
+    Raises:
+        UserError: anything is wrong with the recipe, its task, its rewards or its baselines.
+    """
+    runs = {label: resolve(other) for label, other in with_baselines(recipe).items()}
+    task = tasks.load(recipe.task.name, recipe.task.options)
+    verifier = rewards.load(*task.verifier)
+    train_rows, eval_rows = task.rows("train"), task.rows("eval")
+    if not train_rows or not eval_rows:
+        raise UserError(
+            f"The task '{task.name}' has {len(train_rows)} training and {len(eval_rows)} evaluation rows: both are "
+            "needed; change its options."
+        )
+    eval_rows = tasks.choose(eval_rows, recipe.evaluation.prompts, seed=recipe.evaluation.seed)
+    _require_columns(verifier, train_rows[0], task.name)
+    for reward in reward_functions(recipe, task):
+        if isinstance(reward, rewards.RewardFunction):
+            _require_columns(reward.verifier, train_rows[0], task.name)
+    return Job(runs[recipe.method.name], task, verifier, train_rows, eval_rows, runs)
+
+
+def _require_columns(verifier: rewards.Verifier, row: tasks.Row, task: str) -> None:
+    missing = [column for column in verifier.requires if column not in row]
+    if missing:
+        raise UserError(
+            f"The task '{task}' does not support the reward '{verifier.name}': its rows have no '{missing[0]}' (they "
+            f"have {', '.join(sorted(row))})."
+        )
+
+
+def reward_functions(recipe: Recipe, task: tasks.BaseTask) -> list[Callable[..., list[float | None]]]:
+    """The rewards of a recipe in TRL's form; the task's own verifier when the recipe names none."""
+    if not recipe.rewards:
+        return [rewards.RewardFunction(rewards.load(*task.verifier))]
+    found: list[Callable[..., list[float | None]]] = []
+    for reward in recipe.rewards:
+        if reward.function is not None:
+            found.append(rewards.load_function(reward.function))
+        elif reward.name is not None:
+            options = reward.options
+            if not options and reward.name == task.verifier[0]:
+                options = task.verifier[1]
+            found.append(rewards.RewardFunction(rewards.load(reward.name, options)))
+    return found
+
+
+def _set_threads(recipe: Recipe) -> None:
+    """One thread on a CPU for models that are made here: they are too small for two to help."""
+    import torch
+
+    if recipe.model.warm_start is not None and "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        torch.set_num_threads(1)
+
+
+def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None:
+    """Run a recipe to its report.
+
+    Args:
+        output_dir: of the run; made when it does not exist.
+        resume: continue an unfinished run in `output_dir`.
+        command: what the user typed, for the report.
+
+    Raises:
+        UserError: the recipe is wrong, or the folder holds another or an unfinished run.
+        KeyboardInterrupt: the user stopped training; a checkpoint is there.
+    """
+    quiet_libraries()
+    workers = Workers()
+    _set_threads(recipe)
+    job = prepare(recipe)
+    if workers.first:
+        _claim(output_dir, recipe, resume)
+        atomic.write_json(output_dir / "provenance.json", provenance(recipe, command, workers.world))
+    say = Console(stderr=True, quiet=not workers.first, highlight=False)
+    stages = _Stages(say, 2 + 2 * len(job.runs) + 1 + any(r.takes_store for r in job.runs.values()))
+
+    stages.begin("initial policy")
+    model = initial_policy(job, workers)
+    say.print(f"  {model}")
+    stages.begin(f"evaluate {BASE}")
+    evaluate_policy(job, model, output_dir / BASE / "evaluation", BASE, workers)
+    store = None
+    if any(resolved.takes_store for resolved in job.runs.values()):
+        stages.begin("presample")
+        store = presample_policy(job, model, output_dir / "store", workers)
+        counts = store.counts
+        say.print(
+            f"  {counts['prompts']} prompts: {counts['explore']} to explore, {counts['pef']} near-perfect, "
+            f"{counts['dropped']} dropped; {counts['failed_checks']} failed the fresh check; "
+            f"{counts['stored_answers']} answers stored"
+        )
+    for label, resolved in job.runs.items():
+        stages.begin(f"train {label}")
+        trained = train(job, resolved, model, store, output_dir / label, workers)
+        stages.begin(f"evaluate {label}")
+        evaluate_policy(job, str(trained), output_dir / label / "evaluation", label, workers)
+    stages.begin("report")
+    if workers.first:
+        report(job, output_dir, command)
+    workers.barrier()
+
+
+def run_presample(recipe: Recipe, output_dir: Path) -> Path:
+    """Phase 1 alone: the store of a recipe's initial policy, in `output_dir`.
+
+    Raises:
+        UserError: the recipe is wrong, or the folder holds another store.
+    """
+    quiet_libraries()
+    workers = Workers()
+    _set_threads(recipe)
+    job = prepare(recipe)
+    store = presample_policy(job, initial_policy(job, workers), output_dir, workers)
+    return Path(store.path)
+
+
+def run_evaluate(recipe: Recipe, model: str | None, output_dir: Path) -> None:
+    """Evaluate a policy on a recipe's task: the initial one, or the model at `model` beside it when given.
+
+    Raises:
+        UserError: the recipe is wrong, or the folder holds an evaluation of something else.
+    """
+    from posttrain.evaluation import compare, evaluate
+
+    quiet_libraries()
+    workers = Workers()
+    _set_threads(recipe)
+    job = prepare(recipe)
+    label = BASE if model is None else Path(model).name or "model"
+    evaluate_policy(job, model or initial_policy(job, workers), output_dir, label, workers)
+    if workers.first:
+        result = evaluate.load(output_dir)
+        Console().print(compare.table(compare.compare({label: result}, base=label)))
+
+
+def initial_policy(job: Job, workers: Workers) -> str:
+    """Path or hub name of the initial policy; a warm-started one is made by the first process."""
+    model = job.recipe.model
+    if model.path is not None:
+        return model.path
+    from posttrain.launch.warm_start import warm_start
+
+    if workers.world > 1 and workers.first:
+        _alone(["warm-start", job.recipe.to_yaml()])
+    workers.barrier()
+    return str(warm_start(model.warm_start or WarmStart(), job.task, dtype=model.dtype))
+
+
+def _alone(arguments: Sequence[str]) -> None:
+    """Make the warm start in a process of its own: a trainer that saw this launch would wait for the others."""
+    import subprocess
+
+    distributed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in distributed and not name.startswith(("ACCELERATE_", "TORCHELASTIC_", "FSDP_"))
+    }
+    subprocess.run(  # noqa: S603 - this very module, no shell
+        [sys.executable, "-m", "posttrain.launch.alone", *arguments], check=True, env=environment
+    )
+
+
+def presample_policy(job: Job, model: str, folder: Path, workers: Workers) -> Any:
+    """The store of the initial policy (`posttrain.rollouts.store.Store`)."""
+    from posttrain.rollouts.presample import presample
+
+    recipe = job.recipe
+    engine = _engine(recipe, model)
+    try:
+        return presample(
+            engine,
+            job.train_rows,
+            job.verifier,
+            recipe.presample,
+            max_tokens=recipe.rollout.max_tokens,
+            training_temperature=recipe.rollout.temperature,
+            output_dir=folder,
+            verifier_options=job.task.verifier[1],
+            batch_size=recipe.rollout.batch_size,
+            worker=(workers.rank, workers.world),
+            barrier=workers.barrier,
+        )
+    finally:
+        engine.close()
+
+
+def evaluate_policy(job: Job, model: str, folder: Path, label: str, workers: Workers) -> None:
+    """Evaluate one policy into `folder`; reused when it is there already."""
+    from posttrain.evaluation import evaluate
+
+    recipe = job.recipe
+    engine = _engine(recipe, model)
+    try:
+        evaluate.evaluate(
+            engine,
+            job.task.name,
+            job.eval_rows,
+            job.verifier,
+            recipe.evaluation,
+            max_tokens=recipe.rollout.max_tokens,
+            batch_size=recipe.rollout.batch_size,
+            output_dir=folder,
+            label=label,
+            worker=(workers.rank, workers.world),
+        )
+    finally:
+        engine.close()
+    workers.barrier()
+    if workers.first:
+        evaluate.finish(folder, recipe.evaluation, label=label)
+    workers.barrier()
+
+
+def _engine(recipe: Recipe, model: str) -> Any:
+    from posttrain.rollouts.transformers_engine import TransformersEngine
+
+    revision = recipe.model.revision if model == recipe.model.path else None
+    return TransformersEngine.load(
+        model, dtype=recipe.model.dtype, revision=revision, batch_size=recipe.rollout.batch_size
+    )
+
+
+def train(job: Job, resolved: Resolved, model: str, store: Any, folder: Path, workers: Workers) -> Path:
+    """Train one method; returns the folder of the trained policy, at once when it is finished already."""
+    finished = folder / "model"
+    if (folder / "history.json").is_file():
+        return finished
+    from datasets import Dataset
+
+    from posttrain.seams.callbacks import CompleteCheckpoints, StopOnInterrupt, quiet
+
+    stop = StopOnInterrupt()
+    options: dict[str, Any] = {"store": store} if resolved.takes_store else {}
+    if resolved.recipe.model.lora is not None:
+        options["peft_config"] = _lora(resolved.recipe.model.lora)
+    trainer = resolved.trainer_class(
+        model=model,
+        reward_funcs=reward_functions(resolved.recipe, job.task),
+        args=trainer_config(resolved, folder / "checkpoints"),
+        train_dataset=Dataset.from_list(job.train_rows),
+        callbacks=[stop, CompleteCheckpoints()],
+        **options,
+    )
+    quiet(
+        trainer,
+        f"train {resolved.recipe.method.name}",
+        show=("reward", "entropy", "completions/mean_length", "kl", "pef/divergence"),
+    )
+    checkpoint = CompleteCheckpoints.latest(folder / "checkpoints")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.interrupted:
+        raise KeyboardInterrupt
+    trainer.save_model(str(finished))
+    if workers.first:
+        atomic.write_json(folder / "history.json", trainer.state.log_history)
+    workers.barrier()
+    return finished
+
+
+def _lora(lora: Lora) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def report(job: Job, output_dir: Path, command: str) -> None:
+    """Compare what was evaluated: `comparison.json`, `report.html` and a table on the terminal."""
+    from posttrain.evaluation import compare, evaluate
+    from posttrain.evaluation.report import write_report
+
+    results = {label: evaluate.load(output_dir / label / "evaluation") for label in (BASE, *job.runs)}
+    comparison = compare.compare(results, base=BASE)
+    histories = {
+        label: json.loads((output_dir / label / "history.json").read_text(encoding="utf-8")) for label in job.runs
+    }
+    atomic.write_text(output_dir / "comparison.json", comparison.to_json())
+    write_report(
+        comparison,
+        output_dir / "report.html",
+        title=f"{job.recipe.method.name} · {job.recipe.name}",
+        recipe_yaml=job.recipe.to_yaml(),
+        provenance=json.loads((output_dir / "provenance.json").read_text(encoding="utf-8")),
+        histories=histories,
+        command=command,
+    )
+    console = Console()
+    console.print()
+    console.print(compare.table(comparison))
+    console.print(f"report: {output_dir / 'report.html'}", soft_wrap=True)
+
+
+class _Stages:
+    """Headings `[2/8] presample`, so that one always knows where a run is."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.console, self.total, self.done = console, total, 0
+
+    def begin(self, name: str) -> None:
+        self.done += 1
+        self.console.print(f"[bold]\\[{self.done}/{self.total}] {name}[/bold]")
+
+
+def _claim(output_dir: Path, recipe: Recipe, resume: bool) -> None:
+    """Make the folder this recipe's, or refuse it.
+
+    Raises:
+        UserError: it holds a run of another recipe, or an unfinished run and `resume` was not asked for.
+    """
+    marker = output_dir / "recipe.yaml"
+    if not marker.is_file():
+        if output_dir.is_dir() and {entry.name for entry in output_dir.iterdir()} - {"store"}:
+            raise UserError(f"{output_dir} is not empty and holds no run: choose another --output-dir.")
+        atomic.write_text(marker, recipe.to_yaml())
+        return
+    found = recipes.validate(recipes.parse_value(marker.read_text(encoding="utf-8")), str(marker))
+    difference = atomic.first_difference(found.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    if difference is not None:
+        raise UserError(f"{output_dir} holds a run of another recipe ({difference}): choose another --output-dir.")
+    if not resume and not (output_dir / "report.html").is_file():
+        raise UserError(f"{output_dir} holds an unfinished run: add --resume to continue it, or choose another folder.")
+
+
+def quiet_libraries() -> None:
+    """Our own progress replaces the libraries' bars and advice."""
+    import logging
+    import warnings
+
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|trl|torch|accelerate)")
+
+
+__all__ = ["Job", "Workers", "prepare", "registry", "run", "run_evaluate", "run_presample"]

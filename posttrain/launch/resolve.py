@@ -1,0 +1,220 @@
+"""The second pass over a recipe: the trainer's arguments, checked against the trainer's own config class.
+
+Importing a trainer imports TRL (seconds), so the schema pass (`posttrain.recipe`) comes first. Nothing here loads
+weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from posttrain import registry
+from posttrain.errors import UserError, did_you_mean
+from posttrain.recipe import Recipe
+
+OWNED = {
+    "output_dir": "--output-dir",
+    "seed": "seed",
+    "temperature": "rollout.temperature",
+    "max_completion_length": "rollout.max_tokens",
+    "model_init_kwargs": "model.dtype and model.revision",
+    "reward_weights": "rewards[].weight",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "trust_remote_code": "a model whose code ships with transformers (remote code is never run)",
+}
+"""Trainer arguments that the recipe says elsewhere, and where."""
+
+
+@dataclass(frozen=True)
+class BatchIdentity:
+    """world × per_device × accumulation = prompts × generations: one optimiser step, counted in both ways."""
+
+    world: int
+    per_device: int
+    accumulation: int
+    steps_per_generation: int
+    generations: int
+    prompts: int
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe whose method exists and accepts its arguments.
+
+    Attributes:
+        recipe: as loaded.
+        trainer_args: what the config class is built with, `output_dir` excepted.
+        batch: the batch identity of one optimiser step.
+        config_class, trainer_class: of the method.
+    """
+
+    recipe: Recipe
+    trainer_args: dict[str, Any]
+    batch: BatchIdentity
+    config_class: type[Any]
+    trainer_class: type[Any]
+
+    @property
+    def method_class_name(self) -> str:
+        """Name of the trainer class."""
+        return self.trainer_class.__name__
+
+    @property
+    def takes_store(self) -> bool:
+        """Whether the trainer works from a store of pre-sampled answers."""
+        return "store" in inspect.signature(self.trainer_class.__init__).parameters
+
+
+def with_baselines(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe of every run, by label: the baselines, then the main one.
+
+    A baseline is the recipe itself with another method, whose arguments are those of the main method that its config
+    class knows, under its own.
+    """
+    found = {}
+    for baseline in recipe.baselines:
+        known = {field.name for field in dataclasses.fields(registry.load("method", baseline.name).Config)}
+        shared = {name: value for name, value in recipe.method.args.items() if name in known}
+        method = recipe.method.model_copy(update={"name": baseline.name, "args": {**shared, **baseline.args}})
+        found[baseline.label] = recipe.model_copy(update={"method": method, "baselines": []})
+    return {**found, recipe.method.name: recipe}
+
+
+def resolve(recipe: Recipe) -> Resolved:
+    """Check a recipe's method and its arguments.
+
+    Raises:
+        UserError: no such method; an unknown, misplaced or mistyped argument; an impossible batch identity; or a value
+            that the trainer's config refuses.
+    """
+    module = registry.load("method", recipe.method.name)
+    config_class, trainer_class = module.Config, module.Trainer
+    given = _checked(recipe.method.args, config_class, recipe.method.name)
+    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
+    merged = {**defaults, **given}
+    batch = _batch_identity(recipe, merged)
+    on_gpu = torch.cuda.is_available()
+    trainer_args = {
+        "report_to": ["tensorboard"],
+        "logging_steps": 10,
+        "save_total_limit": 1,
+        "gradient_checkpointing": on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        **given,
+        "gradient_accumulation_steps": batch.accumulation,
+        "seed": recipe.seed,
+        "temperature": recipe.rollout.temperature,
+        "max_completion_length": recipe.rollout.max_tokens,
+        "reward_weights": [reward.weight for reward in recipe.rewards] or [1.0],
+        "model_init_kwargs": {"dtype": recipe.model.dtype, "revision": recipe.model.revision},
+        "bf16": recipe.model.dtype == "bfloat16" and on_gpu,
+        "fp16": recipe.model.dtype == "float16" and on_gpu,
+        "use_cpu": not on_gpu,
+    }
+    _probe(config_class, trainer_args, batch, recipe.method.name)
+    return Resolved(recipe, trainer_args, batch, config_class, trainer_class)
+
+
+def _checked(args: dict[str, Any], config_class: type[Any], method: str) -> dict[str, Any]:
+    """The arguments, each known and of the type that the config class declares."""
+    known = {field.name for field in dataclasses.fields(config_class) if field.init}
+    hints = typing.get_type_hints(config_class)
+    checked = {}
+    for name, value in args.items():
+        if name in OWNED:
+            raise UserError(f"method.args.{name} is said elsewhere in a recipe: use {OWNED[name]}.")
+        if name not in known:
+            raise UserError(f"The method '{method}' has no argument '{name}'{did_you_mean(name, known)}")
+        try:
+            adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
+            checked[name] = adapter.validate_python(value, strict=True)
+        except ValidationError as error:
+            wanted = getattr(hints[name], "__name__", None) or str(hints[name])
+            if _is_enum_value(hints[name], value):
+                checked[name] = value
+                continue
+            raise UserError(
+                f"method.args.{name} must be {wanted.replace('typing.', '')}, found {value!r} "
+                f"({type(value).__name__}): {error.errors()[0]['msg'].lower()}."
+            ) from None
+    return checked
+
+
+def _is_enum_value(hint: Any, value: Any) -> bool:
+    """Config classes declare enums (`lr_scheduler_type`) and accept their values as strings."""
+    import enum
+
+    candidates = [hint, *typing.get_args(hint)]
+    return any(
+        isinstance(candidate, type) and issubclass(candidate, enum.Enum) and value in {m.value for m in candidate}
+        for candidate in candidates
+    )
+
+
+def _batch_identity(recipe: Recipe, merged: dict[str, Any]) -> BatchIdentity:
+    world, per_device = recipe.launch.processes, merged["per_device_train_batch_size"]
+    generations, accumulation = merged["num_generations"], merged["gradient_accumulation_steps"]
+    wanted = recipe.method.prompts_per_step
+    if wanted is not None:
+        answers = wanted * generations
+        derived, rest = divmod(answers, world * per_device)
+        if rest or derived == 0:
+            raise UserError(
+                f"method.prompts_per_step × generations = {wanted} × {generations} = {answers} is no multiple of world "
+                f"× per-device = {world} × {per_device} = {world * per_device}: change one of them."
+            )
+        if "gradient_accumulation_steps" in recipe.method.args and derived != accumulation:
+            raise UserError(
+                f"gradient_accumulation_steps = {accumulation} contradicts prompts_per_step = {wanted}, which needs "
+                f"{derived}: give one of the two."
+            )
+        accumulation = derived
+    answers = world * per_device * accumulation
+    if answers % generations:
+        divisor = math.gcd(answers, generations)
+        raise UserError(
+            f"world × per-device × accumulation = {world} × {per_device} × {accumulation} = {answers} sequences cannot "
+            f"hold whole groups of num_generations = {generations}: make {answers} a multiple of {generations} (for "
+            f"instance gradient_accumulation_steps = {accumulation * generations // divisor})."
+        )
+    steps = merged["steps_per_generation"] or accumulation
+    if merged["generation_batch_size"]:
+        steps = merged["generation_batch_size"] // (world * per_device)
+    return BatchIdentity(world, per_device, accumulation, steps, generations, answers // generations)
+
+
+def _probe(config_class: type[Any], trainer_args: dict[str, Any], batch: BatchIdentity, method: str) -> None:
+    """Build the config once, as one process that stands for all, so that its own checks speak now."""
+    probe = {
+        **trainer_args,
+        "output_dir": "unused",
+        "report_to": [],
+        "per_device_train_batch_size": batch.per_device * batch.world,
+        "deepspeed": None,
+    }
+    try:
+        config = config_class(**probe)
+    except (ValueError, TypeError) as error:
+        sentence = " ".join(str(error).split())
+        raise UserError(f"The method '{method}' refuses its arguments: {sentence}") from None
+    from posttrain.seams.on_policy import refuse_ignored_options
+
+    try:
+        refuse_ignored_options(config)
+    except ValueError as error:
+        raise UserError(f"The method '{method}' refuses its arguments: {error}") from None
+
+
+def trainer_config(resolved: Resolved, output_dir: Path) -> Any:
+    """The trainer's config for a run in `output_dir`."""
+    return resolved.config_class(output_dir=str(output_dir), **resolved.trainer_args)
