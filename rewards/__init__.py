@@ -57,6 +57,14 @@ class Verifier(ABC):
     accuracy: ClassVar[bool] = True
     """True when 1.0 means "correct"; False for shaping rewards."""
 
+    options: Any = None
+    """What it was built with, a `RewardOptions`; None without any."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Name and options: what a store or an evaluation remembers of it."""
+        return {"name": self.name, "options": self.options.model_dump(mode="json") if self.options else {}}
+
     @abstractmethod
     def verify(self, completion: str, row: Mapping[str, Any]) -> Verdict:
         """Judge one completion (plain text) against its task row. Must not raise for anything a model can write."""

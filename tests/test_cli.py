@@ -254,7 +254,7 @@ def test_check_prints_the_whole_recipe_and_the_batch_identity() -> None:
     assert recipes.parse_value(result.stdout)["seed"] == 7  # what is printed is a recipe itself
     assert recipes.parse_value(result.stdout)["presample"]["samples_per_prompt"] == 8
     assert result.stdout.splitlines()[-1] == (
-        "# DPHTrainer: world 1 × per-device 64 × accumulation 6 = 24 prompts × 16 generations = 384"
+        "# DPHTrainer: world 1 × per-device 192 × accumulation 2 = 24 prompts × 16 generations = 384"
     )
 
 

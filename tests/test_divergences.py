@@ -253,3 +253,26 @@ def test_the_gradient_of_each_half_is_that_of_its_kl_to_a_mixture_that_moves_alo
         (ours,) = torch.autograd.grad(estimate.sum(), logits, retain_graph=True)
         (theirs,) = torch.autograd.grad(exact.sum(), logits, retain_graph=True)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_reference_half_never_rewards_moving_away_from_a_stored_answer(dtype: torch.dtype) -> None:
+    d = torch.cat([torch.linspace(-200, 50, 2001), torch.zeros(1)]).to(dtype).requires_grad_()
+    value = js_reference_half(d)
+    (pull,) = torch.autograd.grad(value.sum(), d)
+    assert value.isfinite().all() and pull.isfinite().all()
+    assert value.min() >= -2e-7 and (pull * d.sign()).min() >= -2e-7
+    assert value[-1] == 0 and pull[-1] == 0
+    resolved = (d.abs() > 1e-3) & (d > -10)
+    assert ((pull * d.sign())[resolved] > 0).all()
+
+
+@pytest.mark.parametrize("clamp", [0.5, CLAMP, MAX_LOG_RATIO_CLAMP])
+def test_the_reference_half_continues_along_its_tangent(clamp: float) -> None:
+    d = torch.tensor([clamp - 1e-9, clamp, clamp + 1e-9, clamp + 3], dtype=torch.float64, requires_grad=True)
+    value = js_reference_half(d, log_ratio_clamp=clamp)
+    (pull,) = torch.autograd.grad(value.sum(), d)
+    u = torch.tensor(clamp, dtype=torch.float64).exp()
+    torch.testing.assert_close(pull, (u * (u - 1) / (2 * (u + 1))).expand(4), rtol=1e-7, atol=0)
+    torch.testing.assert_close(value[3], value[1] + 3 * pull[1])
+    torch.testing.assert_close(value[:3], value[1].expand(3), rtol=1e-7, atol=1e-8)

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from posttrain.errors import UserError
+from posttrain.launch.warm_start import character_tokenizer, small_model
+from posttrain.recipe import WarmStart
 from posttrain.rollouts.engine import Sample, SamplingParams
 from posttrain.rollouts.fingerprint import differs, fingerprint, weights_fingerprint
 from posttrain.rollouts.transformers_engine import TransformersEngine
@@ -171,6 +173,17 @@ def test_the_model_s_own_generation_config_does_not_change_what_is_drawn(engine:
         engine.model.generation_config = own
         assert engine.sample(PROMPTS, params) == plain, habits
         assert engine.model.generation_config is own, "the model keeps its habits"
+
+
+def test_no_token_of_a_larger_vocabulary_is_left_out() -> None:
+    """`generate` keeps 50 tokens unless it is told otherwise."""
+    letters = "".join(chr(0x4E00 + i) for i in range(200))
+    tokenizer = character_tokenizer(letters, "{{ messages[0]['content'] }}")
+    settings = WarmStart(hidden_size=32, intermediate_size=64, layers=1, heads=2)
+    engine = TransformersEngine(small_model(settings, tokenizer, "float32"), tokenizer)  # type: ignore[arg-type]
+    samples = flat(engine.sample([chat(letters[:3])], SamplingParams(max_tokens=1, n=2000)))
+    assert len({sample.token_ids[0] for sample in samples}) > 150
+    assert samples[0].logprobs == pytest.approx(log_probs(engine, samples[0]), abs=1e-5)
 
 
 def test_greedy_takes_the_most_likely_token(engine: TransformersEngine) -> None:
@@ -372,12 +385,20 @@ def test_adapters_leave_the_fingerprint_of_the_base_model(tiny_model: str, saved
     before = weights_fingerprint(model)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", modules_to_save=saved))
     assert any("lora_A" in name for name, _ in adapted.named_parameters())
-    assert weights_fingerprint(adapted) == before
+    assert weights_fingerprint(adapted, adapters=False) == before
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name or "modules_to_save" in name:
                 parameter.add_(1.0)
-    assert weights_fingerprint(adapted) == before
+    assert weights_fingerprint(adapted, adapters=False) == before
     with torch.no_grad():
         next(p for name, p in adapted.named_parameters() if name.endswith("q_proj.base_layer.weight")).add_(1.0)
+    assert weights_fingerprint(adapted, adapters=False) != before
+
+
+def test_adapters_are_part_of_the_fingerprint_of_an_adapted_model(tiny_model: str) -> None:
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(r=2))
+    before = weights_fingerprint(adapted)
+    with torch.no_grad():
+        next(p for name, p in adapted.named_parameters() if "lora_B" in name).add_(1.0)
     assert weights_fingerprint(adapted) != before

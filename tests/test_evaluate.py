@@ -83,9 +83,6 @@ class Exact(Verifier):
     name = "exact"
     requires = ("want",)
 
-    def __init__(self) -> None:
-        self.options = "strict"
-
     def verify(self, completion: str, row: Mapping[str, Any]) -> Verdict:
         judged.append((row["key"], completion))
         if completion == "crash":

@@ -21,7 +21,7 @@ from torch import Tensor
 from posttrain import atomic
 from posttrain.errors import UserError
 from posttrain.recipe import Presample
-from posttrain.rewards import Verdict, Verifier
+from posttrain.rewards import RewardOptions, Verdict, Verifier
 from posttrain.rollouts.engine import Engine, Prompt, Sample, SamplingParams
 from posttrain.rollouts.presample import presample
 from posttrain.rollouts.store import Store, prompt_id
@@ -53,6 +53,15 @@ class Shaping(Easy):
 
     name = "style"
     accuracy = False
+
+
+class Merciful(Easy):
+    """The same reward with an option."""
+
+    class Options(RewardOptions):
+        mercy: bool = True
+
+    options = Options()
 
 
 def countdown(ease: Sequence[int]) -> list[Row]:
@@ -398,7 +407,8 @@ def test_several_workers_make_the_same_store(
         stores = [future.result() for future in futures]
     assert contents(tmp_path / "store") == contents(whole)
     assert all(store.manifest == Store.open(whole).manifest for store in stores)
-    assert all(one.asked for one in engines), "every worker took a share"
+    parts = [sum(params.n == 4 for _, params in one.asked) for one in engines]
+    assert parts == [len(range(rank, 4, workers)) for rank in range(workers)], "every part once, in turn"
 
 
 # ---------------------------------------------------------------- what is refused
@@ -416,7 +426,7 @@ OTHERS = {
     "training_temperature": {"training_temperature": 1.0},
     "batch_size": {"batch_size": 8},
     "rows": {"rows": ROWS[:-1]},
-    "verifier.options.precedence": {"verifier_options": {"precedence": "standard"}},
+    "verifier.options.mercy": {"verifier": Merciful()},
 }
 
 

@@ -328,7 +328,7 @@ def _change(difference: Difference, from_base: bool) -> str:
 
 
 def table(comparison: Comparison) -> Table:
-    """The headline numbers for a terminal of 100 columns: each value above its interval."""
+    """The headline numbers, a metric a line and a run a column: three runs fit into 80 characters."""
     from rich.table import Table
 
     largest = comparison.k[-1]
@@ -337,30 +337,25 @@ def table(comparison: Comparison) -> Table:
         caption=caption(comparison),
         caption_justify="left",
         title_justify="left",
-        show_lines=True,
     )
-    shown.add_column("run", no_wrap=True)
+    shown.add_column("", no_wrap=True)
+    for label in comparison.runs:
+        shown.add_column(label, justify="right", no_wrap=True)
+    runs = comparison.runs.values()
     for k in comparison.k:
-        shown.add_column(f"pass@{k}, %", justify="right", no_wrap=True)
-    shown.add_column("distinct correct", justify="right")
-    shown.add_column(f"retention @{largest}, %", justify="right")
-    for label, run in comparison.runs.items():
-        shown.add_row(
-            label,
-            *(cell(run.pass_at_k[k], 100) for k in comparison.k),
-            cell(run.distinct_correct, 1),
-            cell(run.retention[largest], 100),
-        )
+        shown.add_row(f"pass@{k}, %", *(cell(run.pass_at_k[k], 100) for run in runs))
+    shown.add_row("distinct correct", *(cell(run.distinct_correct, 1) for run in runs))
+    shown.add_row(f"retention@{largest}, %", *(cell(run.retention[largest], 100) for run in runs))
     return shown
 
 
 def cell(estimate: Estimate | None, scale: float) -> str:
-    """An estimate over its interval, on two lines; a dash where there is none."""
+    """An estimate and its interval; a dash where there is none."""
     if estimate is None:
         return "–"
     value, low, high = (scale * number for number in estimate)
     digits = 1 if scale == 100 else 2
-    return f"{value:.{digits}f}\n[{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def caption(comparison: Comparison) -> str:

@@ -161,7 +161,7 @@ def evaluate(
         "data": tasks.fingerprint(rows),
         "problems": len(rows),
         "model": engine.fingerprint,
-        "verifier": f"{verifier.name} {sorted(vars(verifier).items())}",
+        "verifier": verifier.identity,
         "n": settings.n,
         "temperature": settings.temperature,
         "top_p": settings.top_p,

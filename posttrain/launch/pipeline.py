@@ -253,7 +253,6 @@ def presample_policy(job: Job, model: str, folder: Path, workers: Workers) -> An
             max_tokens=recipe.rollout.max_tokens,
             training_temperature=recipe.rollout.temperature,
             output_dir=folder,
-            verifier_options=job.task.verifier[1],
             batch_size=recipe.rollout.batch_size,
             worker=(workers.rank, workers.world),
             barrier=workers.barrier,
@@ -367,9 +366,11 @@ def report(job: Job, output_dir: Path, command: str) -> None:
         histories=histories,
         command=command,
     )
-    console = Console()
+    console = Console(highlight=False)
     console.print()
     console.print(compare.table(comparison))
+    for sentence in compare.verdict(comparison):
+        console.print(f"- {sentence}", markup=False)
     console.print(f"report: {output_dir / 'report.html'}", soft_wrap=True)
 
 
@@ -410,7 +411,11 @@ def quiet_libraries() -> None:
     import warnings
 
     import datasets
+    import torch
     import transformers
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed finds out too, and warns about
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

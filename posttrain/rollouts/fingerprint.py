@@ -37,7 +37,9 @@ def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         if not any(part.startswith("lora_") or part == "modules_to_save" for part in parts):
-            yield name.removeprefix("base_model.model.").replace(".base_layer", ""), parameter
+            # peft keeps the base model's own layers under these names, below its adapters and its trained copies.
+            bare = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
+            yield bare, parameter
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -61,7 +61,6 @@ def presample(
     max_tokens: int,
     training_temperature: float,
     output_dir: Path,
-    verifier_options: Mapping[str, Any] | None = None,
     batch_size: int = 256,
     worker: tuple[int, int] = (0, 1),
     barrier: Callable[[], None] = lambda: None,
@@ -79,7 +78,6 @@ def presample(
         max_tokens: longest answer (tokens).
         training_temperature: of the training rollouts; log-probs are stored at it.
         output_dir: folder of the store.
-        verifier_options: recorded in the manifest.
         batch_size: answers per part; part of the identity.
         worker: (rank, number of processes).
         barrier: waits for all processes.
@@ -97,7 +95,7 @@ def presample(
     identity = {
         "model": engine.fingerprint,
         "rows": fingerprint(rows),
-        "verifier": {"name": verifier.name, "options": dict(verifier_options or {})},
+        "verifier": verifier.identity,
         "sampling": {**settings.model_dump(), "pef_threshold": threshold, "max_tokens": max_tokens},
         "training_temperature": training_temperature,
         "batch_size": batch_size,
