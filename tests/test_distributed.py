@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,7 +24,9 @@ ROOT = Path(__file__).parent.parent
 
 def launch(processes: int, arguments: list[str], **environment: str) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--cpu"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    if processes > 1:
+        command.append("--multi_gpu")  # torchrun, with gloo where there is no GPU
     done = subprocess.run(
         [*command, *arguments],
         cwd=ROOT,
@@ -44,6 +49,7 @@ def test_gradient_of_two_processes_equals_that_of_one(tiny_model: str, tmp_path:
         launch(processes, ["-m", "tests.two_processes", tiny_model, str(store.path), str(output), loss_type])
         results.append(torch.load(output, weights_only=True))
     one, two = results
+    assert (one["world"], two["world"]) == (1, 2)
     assert one["gradient"].abs().max() > 1e-3
     torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(two["gradient"], one["gradient"], rtol=1e-4, atol=1e-6)
@@ -61,7 +67,7 @@ def test_whole_job_in_two_processes(tmp_path: Path) -> None:
     launch(
         2,
         [
-            *["-m", "posttrain.train", str(path), *settings, "--set", "launch.processes=2"],
+            *["-m", "posttrain.train", str(path), *settings],
             *["--output-dir", str(tmp_path / "two")],
         ],
         **environment,
@@ -80,7 +86,37 @@ def test_whole_job_in_two_processes(tmp_path: Path) -> None:
         assert (tmp_path / "one/store" / name).read_bytes() == (tmp_path / "two/store" / name).read_bytes(), name
     base = [pq.read_table(tmp_path / f"{run}/base/evaluation/samples.parquet") for run in ("one", "two")]
     assert base[0].equals(base[1])
-    for run in ("one", "two"):
+    for run, processes in (("one", 1), ("two", 2)):
+        assert json.loads((tmp_path / run / "provenance.json").read_text())["machine"]["processes"] == processes
         assert (tmp_path / run / "report.html").is_file()
         history = json.loads((tmp_path / run / "dph_rl/history.json").read_text())
         assert [entry["step"] for entry in history if "reward" in entry] == [1, 2, 3]
+
+
+def test_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:
+    """Ctrl-C reaches processes at different moments: they agree on a step, save once, and none is left waiting."""
+    path = write(tmp_path, {"baselines": []})
+    settings = ["method.args.per_device_train_batch_size=4", "method.args.max_steps=500", "launch.processes=2"]
+    command = [sys.executable, "-m", "posttrain", "run", str(path), "--output-dir", str(tmp_path / "out")]
+    for setting in settings:
+        command += ["--set", setting]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "POSTTRAIN_CACHE": str(tmp_path / "cache")}
+    log = tmp_path / "log"
+    with log.open("w") as stream, subprocess.Popen(command, env=environment, cwd=ROOT, stderr=stream) as process:
+        checkpoints = tmp_path / "out/dph_rl/checkpoints"
+        deadline = time.monotonic() + 200
+        while not (log.exists() and "[4/6] train" in log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        time.sleep(8)
+        workers = [
+            child
+            for child in psutil.Process(process.pid).children(recursive=True)
+            if child.environ().get("RANK") == "1" and "posttrain.train" in child.cmdline()
+        ]
+        assert len(workers) == 1, log.read_text()[-2000:]
+        workers[0].send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+    saved = [marker.parent for marker in checkpoints.glob("checkpoint-*/complete")]
+    assert len(saved) == 1, log.read_text()[-2000:]
+    assert (saved[0] / "rng_state_0.pth").is_file()
+    assert (saved[0] / "rng_state_1.pth").is_file()

@@ -305,6 +305,7 @@ def test_prompts_that_were_never_presampled_are_refused(tiny_model: str, tmp_pat
         ({"eta_scaling": "mean"}, "unknown eta_scaling 'mean'"),
         ({"beta": 0.1}, "would add a second KL"),
         ({"log_ratio_clamp": 0.0}, "log_ratio_clamp must be positive"),
+        ({"log_ratio_clamp": math.inf}, "at most 40, got inf"),
         ({"reference_tolerance": 0.0}, "reference_tolerance must be positive"),
     ],
 )

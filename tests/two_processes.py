@@ -41,7 +41,8 @@ def main() -> None:
             tensor /= world
     if rank == 0:
         metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-        torch.save({"loss": loss, "gradient": gradient, "metrics": metrics}, output)
+        world = trainer.accelerator.num_processes
+        torch.save({"loss": loss, "gradient": gradient, "metrics": metrics, "world": world}, output)
     if world > 1:
         torch.distributed.destroy_process_group()
 

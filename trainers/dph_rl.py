@@ -33,7 +33,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from posttrain.errors import UserError
-from posttrain.objectives.divergences import NAMES, form, js_policy_half, js_reference_half, token_divergence
+from posttrain.objectives.divergences import (
+    MAX_LOG_RATIO_CLAMP,
+    NAMES,
+    form,
+    js_policy_half,
+    js_reference_half,
+    token_divergence,
+)
 from posttrain.objectives.policy import importance_ratio, kl_k2, kl_k3
 from posttrain.rollouts.fingerprint import differs, fingerprint
 from posttrain.rollouts.replay import Replay
@@ -106,9 +113,12 @@ class DPHConfig(GRPOConfig):
         for name, low in (("eta", 0.0), ("replay_ratio", 0.0)):
             if not math.isfinite(getattr(self, name)) or getattr(self, name) < low:
                 raise ValueError(f"{name} must be a finite number ≥ {low:g}, got {getattr(self, name)}.")
-        for name in ("log_ratio_clamp", "reference_tolerance"):
-            if not getattr(self, name) > 0.0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if not 0.0 < self.log_ratio_clamp <= MAX_LOG_RATIO_CLAMP:
+            raise ValueError(
+                f"log_ratio_clamp must be positive and at most {MAX_LOG_RATIO_CLAMP:g}, got {self.log_ratio_clamp}."
+            )
+        if not self.reference_tolerance > 0.0:
+            raise ValueError(f"reference_tolerance must be positive, got {self.reference_tolerance}.")
         # TRL keeps a reference model exactly when beta is not zero, so beta carries η where one is needed.
         wanted = self.eta if self.divergence in ONLINE_REFERENCE else 0.0
         if self.beta not in (0.0, wanted):

@@ -121,6 +121,21 @@ def reward_functions(recipe: Recipe, task: tasks.BaseTask) -> list[Callable[...,
     return found
 
 
+def _started(recipe: Recipe, world: int) -> Recipe:
+    """The recipe with the number of processes that a launcher has started, where it leaves that open (1).
+
+    Raises:
+        UserError: it asks for another number.
+    """
+    if world != recipe.launch.processes != 1:
+        raise UserError(
+            f"The recipe asks for {recipe.launch.processes} processes (launch.processes), but {world} were started: "
+            "make the two agree."
+        )
+    launch = recipe.launch.model_copy(update={"processes": world})
+    return recipe.model_copy(update={"launch": launch})
+
+
 def _set_threads(recipe: Recipe) -> None:
     """One thread on a CPU for models that are made here: they are too small for two to help."""
     import torch
@@ -143,6 +158,7 @@ def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None
     """
     quiet_libraries()
     workers = Workers()
+    recipe = _started(recipe, workers.world)
     _set_threads(recipe)
     job = prepare(recipe)
     if workers.first:

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from posttrain.recipe import Recipe
 
 
@@ -26,6 +24,7 @@ def accelerate_command(recipe: Recipe, output_dir: Path, resume: bool, recipe_ar
     else:
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         if recipe.launch.processes > 1:
-            command.append("--multi_gpu" if torch.cuda.is_available() else "--cpu")
+            # On a machine without GPUs too: it means torchrun, where --cpu would start one process whatever is asked.
+            command.append("--multi_gpu")
     command += ["-m", "posttrain.train", *recipe_arguments, "--output-dir", str(output_dir)]
     return [*command, "--resume"] if resume else command

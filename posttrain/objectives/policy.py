@@ -22,8 +22,8 @@ def clipped_surrogate(
 ) -> Float[Tensor, "B T"]:
     """−min(r Â, clip(r, 1 − ε_low, 1 + ε_high) Â), to be minimised; reward units.
 
-    `delta` bounds r from above before the minimum is taken, which matters for Â < 0 only ("dual clip"): without it a
-    bad token whose ratio explodes has an unbounded loss.
+    `delta` bounds r from above before the minimum is taken ("dual clip"): without it a bad token whose ratio explodes
+    has an unbounded loss. With delta ≥ 1 + ε_high it matters for Â < 0 only.
     Source: PPO, arXiv 1707.06347, Eq. 7; clip-higher from DAPO, arXiv 2503.14476; dual clip, arXiv 1912.09729.
     Differs: nothing.
     """

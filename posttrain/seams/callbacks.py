@@ -8,6 +8,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from posttrain.progress import Bar
@@ -51,7 +53,10 @@ class ProgressBar(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; the second one stops at once."""
+    """The first Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops; the second one stops at once.
+
+    Processes agree after every step, because the signal may reach one of them a step later than another.
+    """
 
     def __init__(self) -> None:
         self.interrupted = False
@@ -71,6 +76,10 @@ class StopOnInterrupt(TrainerCallback):
                 return
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.distributed.is_initialized():
+            asked = torch.tensor(int(self.interrupted), device=args.device)
+            torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
+            self.interrupted = bool(asked.item())
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
