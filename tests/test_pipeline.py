@@ -162,6 +162,7 @@ def test_folder_that_holds_something_else_is_refused(tmp_path: Path, finished: t
         (["evaluation.prompts=5000"], "5000 were asked for"),
         (["presample.pef_threshold=9"], "exceeds samples_per_prompt"),
         (["evaluation.k=[1, 16]"], "k = 16 exceeds n = 8"),
+        (["model={warm_start: null, path: ./nowhere}"], "The model './nowhere' cannot be read"),
         (["method.name=dph"], "There is no method 'dph'; did you mean 'dph_rl'"),
     ],
 )
@@ -177,6 +178,18 @@ def test_mistakes_are_one_sentence_before_any_weights(
         pipeline.run(recipes.load(str(path), assignments), tmp_path / "out", resume=False, command="")
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("content", "sentence"), [(None, "problems.jsonl"), ("", "problems.jsonl")])
+def test_missing_and_empty_data_are_one_sentence(tmp_path: Path, content: str | None, sentence: str) -> None:
+    data = tmp_path / "problems.jsonl"
+    if content is not None:
+        data.write_text(content)
+    options = {"train": str(data), "fields": {"question": "prompt", "solution": "answer"}, "verifier": "math"}
+    path = write(tmp_path, {"task": {"name": "files", "options": options}})
+    with pytest.raises(UserError, match=sentence):
+        pipeline.run(recipes.load(str(path)), tmp_path / "out", resume=False, command="")
     assert not (tmp_path / "out").exists()
 
 

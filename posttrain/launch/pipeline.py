@@ -28,7 +28,7 @@ from posttrain import recipe as recipes
 from posttrain.errors import UserError
 from posttrain.launch.provenance import provenance
 from posttrain.launch.resolve import Resolved, resolve, trainer_config, with_baselines
-from posttrain.recipe import Lora, Recipe, WarmStart
+from posttrain.recipe import Lora, Model, Recipe, WarmStart
 
 BASE = "base"
 
@@ -80,6 +80,7 @@ def prepare(recipe: Recipe) -> Job:
         UserError: anything is wrong with the recipe, its task, its rewards or its baselines.
     """
     runs = {label: resolve(other) for label, other in with_baselines(recipe).items()}
+    _require_readable(recipe.model)
     task = tasks.load(recipe.task.name, recipe.task.options)
     verifier = rewards.load(*task.verifier)
     train_rows, eval_rows = task.rows("train"), task.rows("eval")
@@ -94,6 +95,22 @@ def prepare(recipe: Recipe) -> Job:
         if isinstance(reward, rewards.RewardFunction):
             _require_columns(reward.verifier, train_rows[0], task.name)
     return Job(runs[recipe.method.name], task, verifier, train_rows, eval_rows, runs)
+
+
+def _require_readable(model: Model) -> None:
+    """Read a model's configuration, which is small, so that a wrong name is known before anything is made."""
+    if model.path is None:
+        return
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model.path, revision=model.revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(
+            f"The model '{model.path}' cannot be read ({reason}): model.path must be a folder with a config.json, or a "
+            "name on the Hugging Face hub."
+        ) from None
 
 
 def _require_columns(verifier: rewards.Verifier, row: tasks.Row, task: str) -> None:
