@@ -181,7 +181,7 @@ def test_mistakes_are_one_sentence_before_any_weights(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("content", "sentence"), [(None, "problems.jsonl"), ("", "problems.jsonl")])
+@pytest.mark.parametrize(("content", "sentence"), [(None, "problems.jsonl"), ("", "has no training rows")])
 def test_missing_and_empty_data_are_one_sentence(tmp_path: Path, content: str | None, sentence: str) -> None:
     data = tmp_path / "problems.jsonl"
     if content is not None:
