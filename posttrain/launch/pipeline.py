@@ -23,7 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
-from posttrain import atomic, registry, rewards, tasks
+from posttrain import atomic, rewards, tasks
 from posttrain import recipe as recipes
 from posttrain.errors import UserError
 from posttrain.launch.provenance import provenance
@@ -455,6 +455,3 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     logging.getLogger("trl").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|trl|torch|accelerate)")
-
-
-__all__ = ["Job", "Workers", "prepare", "registry", "run", "run_evaluate", "run_presample"]
