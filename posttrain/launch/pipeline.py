@@ -186,7 +186,7 @@ def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None
 
     stages.begin("initial policy")
     model = initial_policy(job, workers)
-    say.print(f"  {model}")
+    say.print(f"  {model}", soft_wrap=True)
     stages.begin(f"evaluate {BASE}")
     evaluate_policy(job, model, output_dir / BASE / "evaluation", BASE, workers)
     store = None
@@ -197,7 +197,8 @@ def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None
         say.print(
             f"  {counts['prompts']} prompts: {counts['explore']} to explore, {counts['pef']} near-perfect, "
             f"{counts['dropped']} dropped; {counts['failed_checks']} failed the fresh check; "
-            f"{counts['stored_answers']} answers stored"
+            f"{counts['stored_answers']} answers stored",
+            soft_wrap=True,
         )
     for label, resolved in job.runs.items():
         stages.begin(f"train {label}")
@@ -403,7 +404,7 @@ def report(job: Job, output_dir: Path, command: str) -> None:
     console.print()
     console.print(compare.table(comparison))
     for sentence in compare.verdict(comparison):
-        console.print(f"- {sentence}", markup=False)
+        console.print(f"- {sentence}", markup=False, soft_wrap=True)
     console.print(f"report: {output_dir / 'report.html'}", soft_wrap=True)
 
 
