@@ -193,6 +193,14 @@ def test_missing_and_empty_data_are_one_sentence(tmp_path: Path, content: str | 
     assert not (tmp_path / "out").exists()
 
 
+def test_store_without_anything_to_rehearse_is_refused_before_training(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    recipe = recipes.load(str(path), ["model.warm_start.steps=2"])
+    with pytest.raises(UserError, match="holds no near-perfect prompt to rehearse: lower pef_threshold"):
+        pipeline.run(recipe, tmp_path / "out", resume=False, command="")
+    assert not (tmp_path / "out" / "grpo").exists()
+
+
 def test_interrupted_training_resumes(tmp_path: Path, cache: Path, finished: tuple[Path, Path]) -> None:
     """Ctrl-C while training: exit code 130, a checkpoint, and the same command with --resume goes on from there."""
     long = json.loads(json.dumps(SMALL["method"]))

@@ -50,6 +50,9 @@ from posttrain.seams.on_policy import GRPOConfig, Metrics, OnPolicyTrainer, Stor
 ONLINE_REFERENCE = ("js_definition", "reverse_kl", "reverse_kl_k3")
 """Divergences that are computed on rollouts and need the reference model in memory."""
 
+WITHOUT_STORE = ("none", "reverse_kl", "reverse_kl_k3")
+"""Divergences that rehearse nothing; with a store they train on its exploration prompts all the same."""
+
 DIVERGENCES = (*(name for name in NAMES if name != "reverse_kl"), "none", *ONLINE_REFERENCE)
 
 
@@ -131,7 +134,7 @@ class DPHConfig(GRPOConfig):
     @property
     def rehearses(self) -> bool:
         """Whether stored answers take part in the loss."""
-        return self.divergence not in ("none", "reverse_kl", "reverse_kl_k3") and self.eta > 0 and self.replay_ratio > 0
+        return self.divergence not in WITHOUT_STORE and self.eta > 0 and self.replay_ratio > 0
 
 
 class DPHTrainer(OnPolicyTrainer):
@@ -146,8 +149,9 @@ class DPHTrainer(OnPolicyTrainer):
             `reverse_kl_k3`, which then train on all prompts.
 
     Raises:
-        ValueError: an option of the config would be ignored, or the divergence needs a store and there is none.
-        posttrain.errors.UserError: the store belongs to another model, tokenizer, temperature or data set.
+        ValueError: an option of the config would be ignored.
+        posttrain.errors.UserError: the store is missing, has nothing to rehearse, or belongs to another model,
+            tokenizer, temperature or data set.
     """
 
     _name = "DPH-RL"
@@ -166,13 +170,8 @@ class DPHTrainer(OnPolicyTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = DPHConfig(f"{Path(name).name}-DPH")
         opened = Store.open(store) if isinstance(store, str | Path) else store
-        if opened is None and args.divergence not in ("none", "reverse_kl", "reverse_kl_k3"):
-            raise ValueError(
-                f"The divergence '{args.divergence}' rehearses stored answers: pass store=… (make one with "
-                "`posttrain presample`)."
-            )
+        self.require_store(args, opened)
         if opened is not None:
-            _require_temperature(opened, args.temperature)
             train_dataset = train_dataset.select(opened.exploration(train_dataset["prompt"]))
         super().__init__(model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         if opened is not None:
@@ -180,14 +179,35 @@ class DPHTrainer(OnPolicyTrainer):
             if args.rehearses:
                 self._prepare_replay(opened)
 
-    def _prepare_replay(self, store: Store) -> None:
-        if self._is_vlm:
-            raise ValueError("Rehearsal of stored answers knows no images: use a text-only model.")
-        if not store.answers:
+    @staticmethod
+    def require_store(args: DPHConfig, store: Store | None) -> None:
+        """Refuse a store, or its absence, with which `args` cannot train; before any weights are needed.
+
+        Raises:
+            posttrain.errors.UserError: there is none, it is of another temperature, or has nothing to rehearse.
+        """
+        if store is None:
+            if args.divergence not in WITHOUT_STORE:
+                raise UserError(
+                    f"The divergence '{args.divergence}' rehearses stored answers: pass store=… (make one with "
+                    "`posttrain presample`)."
+                )
+            return
+        found = store.identity["training_temperature"]
+        if not math.isclose(found, args.temperature):
+            raise UserError(
+                f"The store {store.path} holds log-probs at temperature {found:g}, but the run trains at "
+                f"{args.temperature:g}: presample again or change the temperature."
+            )
+        if args.rehearses and not store.counts["stored_answers"]:
             raise UserError(
                 f"The store {store.path} holds no near-perfect prompt to rehearse: lower pef_threshold, or set "
                 "divergence = none."
             )
+
+    def _prepare_replay(self, store: Store) -> None:
+        if self._is_vlm:
+            raise ValueError("Rehearsal of stored answers knows no images: use a text-only model.")
         args = self.args
         rollouts = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         self.replay_rows = max(1, round(args.replay_ratio * rollouts))
@@ -239,16 +259,6 @@ class DPHTrainer(OnPolicyTrainer):
                 f"than reference_tolerance = {self.args.reference_tolerance:g}: the store belongs to another model, "
                 "dtype or temperature; presample again."
             )
-
-
-def _require_temperature(store: Store, temperature: float) -> None:
-    """Refuse a store whose log-probs were taken at another temperature than the rollouts'."""
-    found = store.identity["training_temperature"]
-    if not math.isclose(found, temperature):
-        raise UserError(
-            f"The store {store.path} holds log-probs at temperature {found:g}, but the run trains at {temperature:g}: "
-            "presample again or change the temperature."
-        )
 
 
 def _require_model(store: Store, model: PreTrainedModel, tokenizer: Any) -> None:

@@ -200,6 +200,10 @@ def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None
             f"{counts['stored_answers']} answers stored",
             soft_wrap=True,
         )
+        for label, resolved in job.runs.items():
+            if resolved.takes_store:  # now, and not when this run's turn comes
+                config = trainer_config(resolved, output_dir / label / "checkpoints")
+                resolved.trainer_class.require_store(config, store)
     for label, resolved in job.runs.items():
         stages.begin(f"train {label}")
         trained = train(job, resolved, model, store, output_dir / label, workers)
