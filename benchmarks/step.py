@@ -129,12 +129,14 @@ class Stopwatch:
         trainer.model.zero_grad()
         torch.manual_seed(seed)
         self.forwards = 0
+        trainer.state.global_step += 1  # a new step rehearses new rows
         start = perf_counter()
         trainer.training_step(trainer.model_wrapped, self.rows, None)
         _wait()
         step, forwards = perf_counter() - start, self.forwards
         inputs = trainer._buffered_inputs[0]
         trainer.model.zero_grad()
+        trainer.state.global_step += 1
         start = perf_counter()
         trainer._compute_loss(trainer.model_wrapped, inputs).backward()
         _wait()

@@ -71,3 +71,9 @@ def test_one_answer_is_drawn_again_and_again() -> None:
 def test_no_answers_are_refused() -> None:
     with pytest.raises(ValueError, match="no stored answers"):
         Replay([], seed=0)
+
+
+def test_a_slot_that_a_step_does_not_have_is_refused() -> None:
+    replay = Replay([StoredAnswer((1,), (2,), (0.0,))], seed=0)
+    with pytest.raises(ValueError, match="slot 2 is none of the 2 shares of step 7"):
+        replay.draw(step=7, rows=4, slot=2, slots=2)

@@ -69,7 +69,12 @@ class Replay:
             rows: rows of the whole step.
             slot: micro-batch × processes + rank.
             slots: micro-batches per step × processes. Shares differ by at most one row.
+
+        Raises:
+            ValueError: there is no such slot, which means that a step has more micro-batches than was said.
         """
+        if not 0 <= slot < slots:
+            raise ValueError(f"slot {slot} is none of the {slots} shares of step {step}.")
         drawn = [self._at(position) for position in range(step * rows, (step + 1) * rows)]
         mine = drawn[slot * rows // slots : (slot + 1) * rows // slots]
         return Draw(mine, sum(len(answer.token_ids) for answer in drawn))
