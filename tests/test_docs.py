@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from posttrain import recipe as recipes
+from posttrain import tasks
 from posttrain.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +39,21 @@ def test_commands_of_the_readme_exist() -> None:
         assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0, verb
     for name in re.findall(r"(?:posttrain \w+|recipes show) ((?:dph_rl|grpo)/\w+)", text):
         assert name in recipes.names(), name
+
+
+def test_recipe_of_the_readme_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain.launch.resolve import resolve, with_baselines
+
+    monkeypatch.chdir(tmp_path)
+    problems = [{"question": f"What is {n} + {n}?", "solution": str(2 * n)} for n in range(100)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "my_task.yaml").write_text(text)
+    recipe = recipes.load("my_task.yaml")
+    batches = [resolve(each).batch for each in with_baselines(recipe).values()]
+    assert [batch.prompts for batch in batches] == [32, 32]
+    task = tasks.load(recipe.task.name, recipe.task.options)
+    assert len(task.rows("train")) + len(task.rows("eval")) == 100
 
 
 def test_links_of_the_documentation_lead_somewhere() -> None:

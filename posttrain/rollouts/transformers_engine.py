@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -100,10 +101,11 @@ class TransformersEngine:
         batch_size: int = 256,
         device: str | None = None,
     ) -> TransformersEngine:
-        """The engine of a model on disk or on the hub; on a GPU when there is one."""
+        """The engine of a model on disk or on the hub; on this process's GPU when there is one."""
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype))
-        target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        target = device or (own_gpu if torch.cuda.is_available() else "cpu")
         return cls(model.to(target), tokenizer, batch_size=batch_size)
 
     @cached_property
