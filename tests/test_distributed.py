@@ -96,7 +96,8 @@ def test_whole_job_in_two_processes(tmp_path: Path) -> None:
 def test_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:
     """Ctrl-C reaches processes at different moments: they agree on a step, save once, and none is left waiting."""
     path = write(tmp_path, {"baselines": []})
-    settings = ["method.args.per_device_train_batch_size=4", "method.args.max_steps=500", "launch.processes=2"]
+    settings = ["method.args.per_device_train_batch_size=4", "method.args.max_steps=2000", "launch.processes=2"]
+    settings.append("method.args.save_total_limit=1")
     command = [sys.executable, "-m", "posttrain", "run", str(path), "--output-dir", str(tmp_path / "out")]
     for setting in settings:
         command += ["--set", setting]
@@ -105,9 +106,8 @@ def test_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> No
     with log.open("w") as stream, subprocess.Popen(command, env=environment, cwd=ROOT, stderr=stream) as process:
         checkpoints = tmp_path / "out/dph_rl/checkpoints"
         deadline = time.monotonic() + 200
-        while not (log.exists() and "[4/6] train" in log.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        time.sleep(8)
+        while not list(checkpoints.glob("*/complete")) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.1)
         workers = [
             child
             for child in psutil.Process(process.pid).children(recursive=True)
