@@ -301,7 +301,7 @@ def test_prompts_that_were_never_presampled_are_refused(tiny_model: str, tmp_pat
         ({"divergence": "none", "alpha": 0.5}, "has no effect"),
         ({"eta": -0.1}, "eta must be a finite number ≥ 0"),
         ({"eta": math.inf}, "eta must be a finite number ≥ 0"),
-        ({"replay_ratio": -1.0}, "replay_ratio must be"),
+        ({"replay_ratio": 0.0}, "to rehearse nothing, set divergence = none"),
         ({"eta_scaling": "mean"}, "unknown eta_scaling 'mean'"),
         ({"beta": 0.1}, "would add a second KL"),
         ({"log_ratio_clamp": 0.0}, "log_ratio_clamp must be positive"),

@@ -13,7 +13,8 @@ that published values transfer. For JS they double, because the released code mi
 
 Baselines on the same code and data: `none` (no L_pef), and with an online reference, `js_definition`, `reverse_kl`
 and `reverse_kl_k3`. The released "reverse KL" back-propagates k3 on rollouts, whose gradient is the *forward* KL's;
-ours is k2, and `reverse_kl_k3` reproduces the release.
+ours is k2, and `reverse_kl_k3` reproduces the release. `js_definition` takes π_ref's half of JS from stored answers
+and π_θ's half from rollouts, so its halves see different prompts (D_pef and D_exp).
 
 Metrics, each a mean over tokens of all processes: `pef/divergence` (L_pef in nats, over stored tokens),
 `pef/log_ratio` (log π_θ − log π_ref, nats, over stored tokens), `pef/log_ratio_abs` (its absolute value),
@@ -113,9 +114,13 @@ class DPHConfig(GRPOConfig):
             raise ValueError(f"alpha = {self.alpha} has no effect on the divergence '{self.divergence}': remove it.")
         if self.eta_scaling not in ("direct", "paper"):
             raise ValueError(f"unknown eta_scaling '{self.eta_scaling}'; known: direct, paper.")
-        for name, low in (("eta", 0.0), ("replay_ratio", 0.0)):
-            if not math.isfinite(getattr(self, name)) or getattr(self, name) < low:
-                raise ValueError(f"{name} must be a finite number ≥ {low:g}, got {getattr(self, name)}.")
+        if not 0.0 <= self.eta < math.inf:
+            raise ValueError(f"eta must be a finite number ≥ 0, got {self.eta}.")
+        if not 0.0 < self.replay_ratio < math.inf:
+            raise ValueError(
+                f"replay_ratio must be a positive number, got {self.replay_ratio}: to rehearse nothing, set divergence "
+                "= none."
+            )
         if not 0.0 < self.log_ratio_clamp <= MAX_LOG_RATIO_CLAMP:
             raise ValueError(
                 f"log_ratio_clamp must be positive and at most {MAX_LOG_RATIO_CLAMP:g}, got {self.log_ratio_clamp}."
@@ -134,7 +139,7 @@ class DPHConfig(GRPOConfig):
     @property
     def rehearses(self) -> bool:
         """Whether stored answers take part in the loss."""
-        return self.divergence not in WITHOUT_STORE and self.eta > 0 and self.replay_ratio > 0
+        return self.divergence not in WITHOUT_STORE and self.eta > 0
 
 
 class DPHTrainer(OnPolicyTrainer):

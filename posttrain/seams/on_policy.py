@@ -119,7 +119,7 @@ class OnPolicyTrainer(GRPOTrainer):
         """
         return {}
 
-    def objective(self, tokens: Tokens) -> tuple[Tensor, Metrics]:  # type: ignore[override]  # of no use to HF before a search
+    def objective(self, tokens: Tokens) -> tuple[Tensor, Metrics]:  # type: ignore[override]  # HF keeps a search score there
         """Loss per token [B, T] of a micro-batch of rollouts, to be minimised, and metrics per token. GRPO here."""
         per_token, metrics = self.policy_gradient(tokens)
         if self.beta != 0.0:
