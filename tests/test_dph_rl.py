@@ -29,7 +29,7 @@ def store(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Store:
     return made
 
 
-def build(model: str, folder: Path, store: Store | None, peft_config: Any = None, **changes: Any) -> DPHTrainer:
+def build(model: Any, folder: Path, store: Store | None, peft_config: Any = None, **changes: Any) -> DPHTrainer:
     settings = arguments(folder, **{"divergence": "forward_kl", "eta": 0.5, "replay_ratio": 0.5, **changes})
     return DPHTrainer(
         model=model,
@@ -267,7 +267,9 @@ def test_store_at_the_rollout_temperature_starts_at_the_reference(tiny_model: st
     assert trainer.state.log_history[0]["pef/log_ratio_abs"] < 1e-5
 
 
-def test_store_of_another_model_is_refused(tiny_model: str, tmp_path: Path, store: Store) -> None:
+def test_store_of_another_model_is_refused(
+    tiny_model: str, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -275,8 +277,12 @@ def test_store_of_another_model_is_refused(tiny_model: str, tmp_path: Path, stor
         model.get_input_embeddings().weight[3] += 0.1
     model.save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="the weights differ"):
-        build(str(tmp_path / "other"), tmp_path, store)
+    with monkeypatch.context() as patched:  # by its files, before anything is loaded
+        patched.setattr(TRLTrainer, "__init__", lambda *_, **__: pytest.fail("the model was loaded"))
+        with pytest.raises(UserError, match=r"made by another model than .*: the files differ"):
+            build(str(tmp_path / "other"), tmp_path, store)
+    with pytest.raises(UserError, match="the weights differ"):  # by its weights, where there are no files
+        build(AutoModelForCausalLM.from_pretrained(tmp_path / "other"), tmp_path, store)
 
 
 def test_prompts_that_were_never_presampled_are_refused(tiny_model: str, tmp_path: Path, store: Store) -> None:

@@ -90,6 +90,10 @@ class Watched(Engine):
     def fingerprint(self) -> str:
         return self.engine.fingerprint
 
+    @property
+    def files(self) -> str | None:
+        return self.engine.files
+
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Sample]]:
         self._live()
         self.asked.append((len(prompts), params))

@@ -177,6 +177,8 @@ class DPHTrainer(OnPolicyTrainer):
         opened = Store.open(store) if isinstance(store, str | Path) else store
         self.require_store(args, opened)
         if opened is not None:
+            if isinstance(model, str):
+                opened.require_files(model)
             train_dataset = train_dataset.select(opened.exploration(train_dataset["prompt"]))
         super().__init__(model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         if opened is not None:

@@ -279,8 +279,11 @@ def _alone(arguments: Sequence[str]) -> None:
 def presample_policy(job: Job, model: str, folder: Path, workers: Workers) -> Any:
     """The store of the initial policy (`posttrain.rollouts.store.Store`)."""
     from posttrain.rollouts.presample import presample
+    from posttrain.rollouts.store import Store
 
     recipe = job.recipe
+    if (folder / "manifest.json").is_file():
+        Store.open(folder).require_files(model)
     engine = _engine(recipe, model)
     try:
         return presample(
@@ -358,7 +361,7 @@ def train(job: Job, resolved: Resolved, model: str, store: Any, folder: Path, wo
     )
     quiet(
         trainer,
-        f"train {resolved.recipe.method.name}",
+        f"train {folder.name}",
         show=("reward", "entropy", "completions/mean_length", "kl", "pef/divergence"),
     )
     checkpoint = CompleteCheckpoints.latest(folder / "checkpoints")

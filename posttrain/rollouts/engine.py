@@ -62,6 +62,10 @@ class Engine(Protocol):
     def fingerprint(self) -> str:
         """Hash of weights, tokenizer and chat template (16 hex digits): two engines with one fingerprint agree."""
 
+    @property
+    def files(self) -> str | None:
+        """`files_fingerprint` of the folder that the weights were read from; None for other sources."""
+
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Sample]]:
         """`params.n` samples for each prompt, in order."""
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SAMPLED = 4096
 """Values hashed per parameter. Any training step moves all of them, and an 8B model is hashed in seconds."""
+
+_BLOCKS, _BLOCK_BYTES = 64, 4096
+"""How much of a weight file is read for its fingerprint."""
 
 
 def weights_fingerprint(model: torch.nn.Module, *, adapters: bool = True) -> str | None:
@@ -40,6 +44,28 @@ def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
             # peft keeps the base model's own layers under these names, below its adapters and its trained copies.
             bare = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
             yield bare, parameter
+
+
+def files_fingerprint(path: str) -> str | None:
+    """Hash of a model folder's configuration and of evenly spaced blocks of its weight files (16 hex digits).
+
+    Known without loading the model, so that a wrong one is refused early. None for anything but a folder with
+    safetensors files: names on the hub are recognised by their weights alone.
+    """
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for config in sorted(Path(path).glob("*config.json")):  # of the model or of an adapter, which names its base
+        digest.update(config.read_bytes())
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}{size}".encode())
+        with file.open("rb") as content:
+            for block in range(_BLOCKS):
+                content.seek(block * size // _BLOCKS)
+                digest.update(content.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

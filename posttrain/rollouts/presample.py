@@ -129,7 +129,7 @@ def presample(
             bar.advance(len(chunk))
     barrier()
     if rank == 0:
-        _publish(parts.read(len(chunks)), identity, output_dir)
+        _publish(parts.read(len(chunks)), identity, engine.files, output_dir)
         parts.remove()
     barrier()
     return Store.open(output_dir)
@@ -220,7 +220,7 @@ def _answer(sample: Sample, verdict: Verdict, logps: Sequence[float] | None) -> 
     }
 
 
-def _publish(parts: pa.Table, identity: Mapping[str, Any], output_dir: Path) -> None:
+def _publish(parts: pa.Table, identity: Mapping[str, Any], files: str | None, output_dir: Path) -> None:
     """Write the store's tables, and the manifest last."""
     atomic.remove_leftovers(output_dir)
     sets = parts["set"].to_pylist()
@@ -239,7 +239,8 @@ def _publish(parts: pa.Table, identity: Mapping[str, Any], output_dir: Path) -> 
         "stored_answers": stored.num_rows,
         "all_wrong": parts["correct"].to_pylist().count(0),
     }
-    atomic.write_json(output_dir / "manifest.json", {"format": FORMAT, "identity": identity, "counts": counts})
+    manifest = {"format": FORMAT, "identity": identity, "files": files, "counts": counts}
+    atomic.write_json(output_dir / "manifest.json", manifest)
 
 
 def _flatten(parts: pa.Table, column: str, drop: Sequence[str]) -> pa.Table:

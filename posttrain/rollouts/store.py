@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from posttrain.errors import UserError
 from posttrain.rollouts.engine import Prompt
+from posttrain.rollouts.fingerprint import files_fingerprint
 from posttrain.rollouts.replay import StoredAnswer
 
 FORMAT = 1
@@ -74,6 +75,21 @@ class Store:
         """Prompts by set, answers stored, checks failed."""
         counts: Mapping[str, int] = self.manifest["counts"]
         return counts
+
+    def require_files(self, model: str) -> None:
+        """Refuse a model folder that is not the one that made the store, without loading it.
+
+        A folder that cannot be compared passes: what it holds is compared once it is loaded.
+
+        Raises:
+            UserError: its files differ.
+        """
+        found, wanted = files_fingerprint(model), self.manifest["files"]
+        if found is not None and wanted is not None and found != wanted:
+            raise UserError(
+                f"The store {self.path} was made by another model than {model}: the files differ; presample again with "
+                "this model."
+            )
 
     @cached_property
     def sets(self) -> dict[str, SetName]:

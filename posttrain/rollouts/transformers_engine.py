@@ -25,7 +25,7 @@ from transformers import (
 
 from posttrain.errors import UserError
 from posttrain.rollouts.engine import Prompt, Sample, SamplingParams
-from posttrain.rollouts.fingerprint import fingerprint
+from posttrain.rollouts.fingerprint import files_fingerprint, fingerprint
 
 _SCORE_BYTES = 2**29
 """Upper bound of the logits that `score` holds at a time."""
@@ -86,6 +86,7 @@ class TransformersEngine:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.policy_version = 0
+        self.files: str | None = None
         declared = model.generation_config.eos_token_id if model.generation_config is not None else None
         listed = [declared] if isinstance(declared, int) else list(declared or [])
         self._eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *listed]))
@@ -106,7 +107,9 @@ class TransformersEngine:
         model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype))
         own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         target = device or (own_gpu if torch.cuda.is_available() else "cpu")
-        return cls(model.to(target), tokenizer, batch_size=batch_size)
+        engine = cls(model.to(target), tokenizer, batch_size=batch_size)
+        engine.files = files_fingerprint(path)
+        return engine
 
     @cached_property
     def fingerprint(self) -> str:
@@ -224,6 +227,7 @@ class TransformersEngine:
             for name, value in incoming.items():
                 own[name].copy_(value)
         self.policy_version = version
+        self.files = None
         self.__dict__.pop("fingerprint", None)
 
     def close(self) -> None:
