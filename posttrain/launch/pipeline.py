@@ -241,11 +241,15 @@ def run_evaluate(recipe: Recipe, model: str | None, output_dir: Path) -> None:
     workers = Workers()
     _set_threads(recipe)
     job = prepare(recipe)
-    label = BASE if model is None else Path(model).name or "model"
+    label = BASE if model is None else Path(model).name
+    if model is not None and label == "model":  # as `run` lays them out: <label>/model
+        label = Path(model).resolve().parent.name
     evaluate_policy(job, model or initial_policy(job, workers), output_dir, label, workers)
     if workers.first:
         result = evaluate.load(output_dir)
-        Console().print(compare.table(compare.compare({label: result}, base=label)))
+        console = Console(highlight=False)
+        console.print(compare.table(compare.compare({label: result}, base=label)))
+        console.print(f"evaluation: {output_dir}", soft_wrap=True)
 
 
 def initial_policy(job: Job, workers: Workers) -> str:
