@@ -153,12 +153,17 @@ def _started(recipe: Recipe, world: int) -> Recipe:
     return recipe.model_copy(update={"launch": launch})
 
 
-def _set_threads(recipe: Recipe) -> None:
-    """One thread on a CPU for models that are made here: they are too small for two to help."""
+def _begin(recipe: Recipe) -> Job:
+    """What every verb does first: quieten the libraries, choose the threads, and check the recipe.
+
+    One thread on a CPU for models that are made here: they are too small for two to help.
+    """
     import torch
 
+    quiet_libraries()
     if recipe.model.warm_start is not None and "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
         torch.set_num_threads(1)
+    return prepare(recipe)
 
 
 def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None:
@@ -173,11 +178,9 @@ def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None
         UserError: the recipe is wrong, or the folder holds another or an unfinished run.
         KeyboardInterrupt: the user stopped training; a checkpoint is there.
     """
-    quiet_libraries()
     workers = Workers()
     recipe = _started(recipe, workers.world)
-    _set_threads(recipe)
-    job = prepare(recipe)
+    job = _begin(recipe)
     if workers.first:
         _claim(output_dir, recipe, resume)
         atomic.write_json(output_dir / "provenance.json", provenance(recipe, command, workers.world))
@@ -221,10 +224,8 @@ def run_presample(recipe: Recipe, output_dir: Path) -> Path:
     Raises:
         UserError: the recipe is wrong, or the folder holds another store.
     """
-    quiet_libraries()
     workers = Workers()
-    _set_threads(recipe)
-    job = prepare(recipe)
+    job = _begin(recipe)
     store = presample_policy(job, initial_policy(job, workers), output_dir, workers)
     return Path(store.path)
 
@@ -237,10 +238,8 @@ def run_evaluate(recipe: Recipe, model: str | None, output_dir: Path) -> None:
     """
     from posttrain.evaluation import compare, evaluate
 
-    quiet_libraries()
     workers = Workers()
-    _set_threads(recipe)
-    job = prepare(recipe)
+    job = _begin(recipe)
     label = BASE if model is None else Path(model).name
     if model is not None and label == "model":  # as `run` lays them out: <label>/model
         label = Path(model).resolve().parent.name

@@ -6,10 +6,11 @@ generation prompt. The loss mask of supervised fine-tuning covers the answer and
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 
 from posttrain.errors import UserError
-from posttrain.tasks import Row, Split, split_of
+from posttrain.tasks import BaseTask, Row, Split, split_of
 
 ALPHABET = "0123456789+-*=^?"
 
@@ -20,6 +21,33 @@ CHAT_TEMPLATE = (
     "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
     "{% endif %}{% endfor %}"
 )
+
+
+class CharacterTask(BaseTask):
+    """A procedural task in that alphabet; what differs between them is the draw and its demonstrations."""
+
+    @property
+    @abstractmethod
+    def _splits(self) -> dict[Split, list[Row]]:
+        """The draw, cut into training and evaluation by `divide`."""
+
+    def rows(self, split: Split) -> list[Row]:
+        """The prompts of a split, in drawn order.
+
+        Raises:
+            UserError: fewer prompts exist than `rows` asks for.
+        """
+        return list(self._splits[split])
+
+    @property
+    def alphabet(self) -> str:
+        """Digits, operators, and the signs that frame a prompt."""
+        return ALPHABET
+
+    @property
+    def chat_template(self) -> str:
+        """`^{prompt}?{answer}{eos}`."""
+        return CHAT_TEMPLATE
 
 
 def divide(

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from posttrain.tasks import BaseTask, Row, Split, TaskOptions
-from posttrain.tasks._characters import ALPHABET, CHAT_TEMPLATE, divide
+from posttrain.tasks import Row, Split, TaskOptions
+from posttrain.tasks._characters import CharacterTask, divide
 
 
 class Options(TaskOptions):
@@ -37,7 +37,7 @@ class Options(TaskOptions):
         return operations
 
 
-class Task(BaseTask):
+class Task(CharacterTask):
     """Sums, differences and products of two-digit numbers."""
 
     name = "arithmetic"
@@ -50,27 +50,9 @@ class Task(BaseTask):
         """The reward `math`, with its defaults."""
         return "math", {}
 
-    def rows(self, split: Split) -> list[Row]:
-        """The prompts of a split, in drawn order.
-
-        Raises:
-            UserError: fewer prompts exist than `rows` asks for.
-        """
-        return list(self._splits[split])
-
     def demonstrations(self, rows: Sequence[Row], count: int, *, seed: int) -> list[tuple[Row, str]]:
         """Uniformly random rows, each with its answer."""
         return [(row, row["answer"]) for row in random.Random(seed).choices(rows, k=count)]
-
-    @property
-    def alphabet(self) -> str:
-        """Digits, operators, and the signs that frame a prompt."""
-        return ALPHABET
-
-    @property
-    def chat_template(self) -> str:
-        """`^{prompt}?{answer}{eos}`."""
-        return CHAT_TEMPLATE
 
     @cached_property
     def _splits(self) -> dict[Split, list[Row]]:

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.tasks import BaseTask, Row, Split, TaskOptions
-from posttrain.tasks._characters import ALPHABET, CHAT_TEMPLATE, divide
+from posttrain.tasks import Row, Split, TaskOptions
+from posttrain.tasks._characters import CharacterTask, divide
 
 Prompt = tuple[tuple[int, ...], int]
 """The sorted numbers and the target."""
@@ -50,7 +50,7 @@ class Options(TaskOptions):
         return self
 
 
-class Task(BaseTask):
+class Task(CharacterTask):
     """Countdown with 3 or 4 digits."""
 
     name = "countdown"
@@ -63,29 +63,11 @@ class Task(BaseTask):
         """The reward `countdown`, read left to right."""
         return "countdown", {"precedence": "left_to_right"}
 
-    def rows(self, split: Split) -> list[Row]:
-        """The prompts of a split, in drawn order.
-
-        Raises:
-            UserError: fewer prompts exist than `rows` asks for.
-        """
-        return list(self._splits[split])
-
     def demonstrations(self, rows: Sequence[Row], count: int, *, seed: int) -> list[tuple[Row, str]]:
         """Uniformly random rows, each with a uniformly random solution."""
         draw = random.Random(seed)
         chosen = draw.choices(rows, k=count)
         return [(row, draw.choice(self._solutions[tuple(row["numbers"]), row["target"]])) for row in chosen]
-
-    @property
-    def alphabet(self) -> str:
-        """Digits, operators, and the signs that frame a prompt."""
-        return ALPHABET
-
-    @property
-    def chat_template(self) -> str:
-        """`^{prompt}?{answer}{eos}`."""
-        return CHAT_TEMPLATE
 
     @property
     def _solutions(self) -> Mapping[Prompt, list[str]]:
