@@ -168,16 +168,81 @@ class Presample(Section):
         return self
 
 
+class Vllm(Section):
+    """Settings of a vLLM engine, in the training processes or in a server that the run starts."""
+
+    gpu_memory_utilization: Probability | None = None
+    """Share of a GPU's memory for vLLM's weights and cache; default 0.3 beside a trainer, 0.9 in a server."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs that share one copy of the model; in a server only."""
+    max_model_len: PositiveInt | None = None
+    """Longest prompt and answer together, in tokens; default what the model allows."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences that are decoded at a time."""
+    enforce_eager: bool | None = None
+    """Run without compiled graphs; default on CPUs only, where every new shape would be compiled again."""
+    prefix_caching: bool = True
+    sleep: bool = False
+    """Give vLLM's memory back while the trainer computes; beside a trainer on GPUs only."""
+
+
+class Server(Section):
+    """A vLLM server: one that runs (`url`, see `posttrain serve`), or without `url` one that the run starts itself."""
+
+    url: str | None = None
+    """As in http://127.0.0.1:8000."""
+    devices: str | None = None
+    """GPUs of a server that the run starts, as in 6,7 (its CUDA_VISIBLE_DEVICES)."""
+    transfer: Literal["auto", "nccl", "folder"] = "auto"
+    """How weights travel: from GPU to GPU (nccl), or as a safetensors folder that both sides can read; auto takes nccl
+    when trainer and server are on GPUs."""
+    folder: str | None = None
+    """Where folder transfer writes; default memory (/dev/shm) of a server on this machine."""
+    timeout: PositiveFloat = 600.0
+    """Longest time that one call may take, in seconds."""
+    start_timeout: PositiveFloat = 600.0
+    """Longest time until a server answers at all, in seconds."""
+
+    @model_validator(mode="after")
+    def _one_server(self) -> Server:
+        if self.url is not None and self.devices is not None:
+            raise ValueError("devices are of a server that the run starts: remove devices or url")
+        return self
+
+
 class Rollout(Section):
     """How answers are generated; one engine and one set of sampling settings serve the whole run."""
 
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm_colocate", "vllm_server"] = "transformers"
+    """transformers: the policy generates by itself; vllm_colocate: vLLM in every training process; vllm_server: a vLLM
+    server."""
     max_tokens: PositiveInt = 512
     """Longest answer in tokens, the end-of-sequence token included."""
     temperature: PositiveFloat = 1.0
     """Of training rollouts; log-probs are taken at the same temperature."""
     batch_size: PositiveInt = 256
-    """Sequences per `generate` call in pre-sampling and evaluation."""
+    """Answers per part in pre-sampling and evaluation; sequences per `generate` call with transformers."""
+    sampler_gap_limit: PositiveFloat | None = None
+    """Largest difference between the log-probs of engine and trainer before the first update, in nats per token (99th
+    percentile); more stops the run. Default 0.05 in float32, 0.3 in half precision."""
+    lora_sync: Literal["merge", "adapter"] = "merge"
+    """How LoRA reaches a vLLM engine: merged into the weights (from a float32 copy), or as an adapter beside them."""
+    vllm: Vllm = Field(default_factory=Vllm)
+    server: Server = Field(default_factory=Server)
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Rollout:
+        if self.engine != "vllm_server" and self.server != Server():
+            raise ValueError(f"server has no effect on the engine {self.engine}: remove it, or set engine: vllm_server")
+        if self.engine == "transformers" and (self.vllm != Vllm() or self.lora_sync != "merge"):
+            raise ValueError("vllm and lora_sync have no effect on the engine transformers: remove them")
+        if self.engine == "vllm_colocate" and self.vllm.tensor_parallel > 1:
+            raise ValueError("tensor_parallel needs a server: set engine: vllm_server")
+        if self.engine == "vllm_server" and self.vllm.sleep:
+            raise ValueError("sleep is for vLLM beside a trainer: set engine: vllm_colocate")
+        if self.server.url is not None and self.vllm != Vllm():
+            raise ValueError("vllm settings belong to the server that runs already (server.url): remove them here")
+        return self
 
 
 class Evaluation(Section):

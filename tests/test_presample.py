@@ -25,6 +25,7 @@ from posttrain.rewards import RewardOptions, Verdict, Verifier
 from posttrain.rollouts.engine import Engine, Prompt, Sample, SamplingParams
 from posttrain.rollouts.presample import presample
 from posttrain.rollouts.store import Store, prompt_id
+from posttrain.rollouts.tokens import encode
 from posttrain.rollouts.transformers_engine import TransformersEngine
 from posttrain.tasks import Row, load
 
@@ -287,7 +288,7 @@ def test_stored_log_probs_are_those_of_the_whole_softmax_at_the_training_tempera
 def test_stored_answers_belong_to_their_prompts(engine: TransformersEngine, whole: Path) -> None:
     rows = {prompt_id(row["prompt"]): row for row in ROWS}
     for entry, answer in zip(table(whole, "answers"), Store.open(whole).answers, strict=True):
-        assert list(answer.prompt_ids) == engine.encode(rows[entry["prompt_id"]]["prompt"])
+        assert list(answer.prompt_ids) == encode(engine.tokenizer, rows[entry["prompt_id"]]["prompt"])
         assert engine.tokenizer.decode(list(answer.token_ids), skip_special_tokens=True) == entry["text"]
         assert len(answer.token_ids) == len(answer.logps)
 

@@ -17,24 +17,41 @@ _BLOCKS, _BLOCK_BYTES = 64, 4096
 """How much of a weight file is read for its fingerprint."""
 
 
+class WeightsDigest:
+    """Hash of names, shapes, dtypes and evenly spaced values of parameters, added one at a time in any order."""
+
+    def __init__(self) -> None:
+        self._contents: dict[str, bytes] = {}
+
+    def add(self, name: str, parameter: torch.Tensor) -> None:
+        """Take one parameter, whole."""
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // _SAMPLED)
+        values = flat[::stride].to(device="cpu", dtype=torch.float64)
+        header = f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode()
+        self._contents[name] = header + values.numpy().tobytes()
+
+    def hexdigest(self) -> str:
+        """16 hex digits."""
+        digest = hashlib.sha256()
+        for _, content in sorted(self._contents.items()):
+            digest.update(content)
+        return digest.hexdigest()[:16]
+
+
 def weights_fingerprint(model: torch.nn.Module, *, adapters: bool = True) -> str | None:
-    """Hash of names, shapes, dtypes and evenly spaced values of all parameters (16 hex digits).
+    """`WeightsDigest` of a model's parameters (16 hex digits).
 
     With `adapters=False`, what LoRA has added (modules saved with it, too) is left out, and names are those of the bare
     model: the fingerprint is the base model's. `None` where parameters are partitioned over processes (ZeRO-3, FSDP)
     and cannot be read here.
     """
-    digest = hashlib.sha256()
-    parameters = model.named_parameters() if adapters else _base_parameters(model)
-    for name, parameter in sorted(parameters, key=lambda item: item[0]):
+    digest = WeightsDigest()
+    for name, parameter in model.named_parameters() if adapters else _base_parameters(model):
         if hasattr(parameter, "ds_id") or type(parameter.data) is not torch.Tensor:
             return None
-        flat = parameter.detach().reshape(-1)
-        stride = max(1, flat.numel() // _SAMPLED)
-        values = flat[::stride].to(device="cpu", dtype=torch.float64)
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()[:16]
+        digest.add(name, parameter)
+    return digest.hexdigest()
 
 
 def _base_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -188,8 +188,8 @@ def _part(
         for i, drawn in zip(candidates, fresh, strict=True):
             checks = verifier.score([s.text for s in drawn], [rows[i]] * len(drawn))
             if all(verdict.reward == 1.0 for verdict in checks):
-                logps = engine.score([(s.prompt_ids, s.token_ids) for s in drawn], temperature=training_temperature)
-                stored[i] = [_answer(s, v, lp) for s, v, lp in zip(drawn, checks, logps, strict=True)]
+                scores = engine.score([(s.prompt_ids, s.token_ids) for s in drawn], temperature=training_temperature)
+                stored[i] = [_answer(s, v, x.logprobs) for s, v, x in zip(drawn, checks, scores, strict=True)]
     failed: str = "explore" if settings.on_failed_check == "explore" else "dropped"
     return pa.Table.from_pylist(
         [

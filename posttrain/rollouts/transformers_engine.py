@@ -23,12 +23,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from posttrain.errors import UserError
-from posttrain.rollouts.engine import Prompt, Sample, SamplingParams
+from posttrain.rollouts.engine import EngineError, Prompt, Sample, SamplingParams, Score, TokenIds
 from posttrain.rollouts.fingerprint import files_fingerprint, fingerprint
+from posttrain.rollouts.tokens import encode, end_ids
+from posttrain.rollouts.weights import checked, saved_weights
 
-_SCORE_BYTES = 2**29
-"""Upper bound of the logits that `score` holds at a time."""
+_SCORE_BYTES = 2**28
+"""Upper bound of the float32 logits that `score` holds at a time; a few times as much is in use around them."""
 
 
 class _Recorder(LogitsProcessor):
@@ -57,17 +58,6 @@ class _Recorder(LogitsProcessor):
         return torch.cat(self.logps, dim=1)
 
 
-def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool
-) -> list[int]:
-    """Token ids of a conversation, rendered by the tokenizer's chat template."""
-    rendered: Any = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
-    )
-    ids: list[int] = rendered["input_ids"]
-    return ids
-
-
 class TransformersEngine:
     """Sampling and scoring with a transformers model in this process.
 
@@ -79,17 +69,16 @@ class TransformersEngine:
         batch_size: sequences per `generate` call.
     """
 
+    name = "transformers"
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 256) -> None:
-        if tokenizer.eos_token_id is None:
-            raise UserError("The tokenizer has no end-of-sequence token, so no answer could end: set eos_token.")
-        self.model = model.eval()
+        declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+        self._eos_ids = end_ids(tokenizer, declared)
+        self.model: Any = model.eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.policy_version = 0
+        self.policy_version: int | None = 0
         self.files: str | None = None
-        declared = model.generation_config.eos_token_id if model.generation_config is not None else None
-        listed = [declared] if isinstance(declared, int) else list(declared or [])
-        self._eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *listed]))
         self._pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     @classmethod
@@ -116,27 +105,24 @@ class TransformersEngine:
         """Hash of weights, tokenizer and chat template."""
         return fingerprint(self.model, self.tokenizer)
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a prompt, rendered by the chat template when it is a list of messages."""
-        if isinstance(prompt, str):
-            ids: list[int] = self.tokenizer(prompt)["input_ids"]
-            return ids
-        return chat_ids(self.tokenizer, prompt, add_generation_prompt=True)
-
     @torch.no_grad()
-    def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[Sample]]:
-        """`params.n` samples for each prompt, in order."""
-        encoded = [self.encode(prompt) for prompt in prompts]
+    def sample(self, prompts: Sequence[Prompt | TokenIds], params: SamplingParams) -> list[list[Sample]]:
+        """`params.n` samples for each prompt, in order. A prompt of token ids is taken as it is."""
+        version = self._usable("sample")
+        encoded = [encode(self.tokenizer, prompt) for prompt in prompts]
         repeated = [ids for ids in encoded for _ in range(params.n)]
         samples: list[Sample] = []
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(params.seed)
+            if params.seed is None:
+                torch.seed()
+            else:
+                torch.manual_seed(params.seed)
             for start in range(0, len(repeated), self.batch_size):
-                samples += self._generate(repeated[start : start + self.batch_size], params)
+                samples += self._generate(repeated[start : start + self.batch_size], params, version)
         return [samples[i * params.n : (i + 1) * params.n] for i in range(len(prompts))]
 
-    def _generate(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[Sample]:
+    def _generate(self, prompts: Sequence[list[int]], params: SamplingParams, version: int) -> list[Sample]:
         input_ids, attention_mask = self._pad_left(prompts)
         recorder = _Recorder()
         # `generate` fills what it is not told from the model's own config (min_p, no_repeat_ngram_size, …), which would
@@ -172,7 +158,7 @@ class TransformersEngine:
                 logprobs=row_logps[:length],
                 text=text,
                 finish_reason="stop" if stopped else "length",
-                policy_version=self.policy_version,
+                policy_version=version,
             )
             for prompt, row, row_logps, length, stopped, text in zip(
                 prompts, answers.tolist(), logps.tolist(), lengths.tolist(), has_end.tolist(), texts, strict=True
@@ -181,58 +167,107 @@ class TransformersEngine:
 
     @torch.no_grad()
     def score(
-        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float = 1.0
-    ) -> list[list[float]]:
-        """Log-probability (nats) of each answer token of `(prompt_ids, answer_ids)`, full softmax at `temperature`."""
-        scores: list[list[float]] = []
+        self, sequences: Sequence[tuple[TokenIds, TokenIds]], *, temperature: float = 1.0, top_k: int = 0
+    ) -> list[Score]:
+        """Log-probabilities of the answers of `(prompt_ids, answer_ids)`, full softmax at `temperature`.
+
+        Sequences of any length: they pass through the model in pieces of time, over its key-value cache, so that no
+        more logits exist at a time than memory has room for.
+        """
+        self._usable("score")
+        scores: list[Score] = []
         vocabulary = self.model.get_output_embeddings().weight.size(0)
-        longest = max((len(answer) for _, answer in sequences), default=1)
-        rows = max(1, min(self.batch_size, _SCORE_BYTES // (4 * vocabulary * max(1, longest))))
+        fits = max(1, _SCORE_BYTES // (4 * vocabulary))  # positions whose logits are held at a time
+        longest = max((len(prompt) + len(answer) for prompt, answer in sequences), default=1)
+        rows = max(1, min(self.batch_size, fits // longest))
         for start in range(0, len(sequences), rows):
-            chunk = sequences[start : start + rows]
-            width = max(len(answer) for _, answer in chunk)
-            prompt_ids, prompt_mask = self._pad_left([prompt for prompt, _ in chunk])
-            answer_ids = torch.full((len(chunk), width), self._pad_id, device=prompt_ids.device)
-            for row, (_, answer) in enumerate(chunk):
-                answer_ids[row, : len(answer)] = torch.tensor(list(answer), device=prompt_ids.device)
-            lengths = torch.tensor([len(answer) for _, answer in chunk], device=prompt_ids.device)
-            answer_mask = (torch.arange(width, device=prompt_ids.device) < lengths[:, None]).long()
-            logits = self.model(
-                input_ids=torch.cat([prompt_ids, answer_ids], dim=1),
-                attention_mask=torch.cat([prompt_mask, answer_mask], dim=1),
-                logits_to_keep=width + 1,
-            ).logits[:, :-1]
-            logps = torch.log_softmax(logits.float() / temperature, dim=-1).gather(2, answer_ids[:, :, None])[:, :, 0]
-            scores += [row[: len(answer)] for row, (_, answer) in zip(logps.tolist(), chunk, strict=True)]
+            scores += self._score(sequences[start : start + rows], temperature, top_k, max(1, fits // rows))
         return scores
+
+    def _score(
+        self, chunk: Sequence[tuple[TokenIds, TokenIds]], temperature: float, top_k: int, step: int
+    ) -> list[Score]:
+        """The scores of one batch, `step` positions at a time."""
+        prompt_ids, prompt_mask = self._pad_left([prompt for prompt, _ in chunk])
+        device, depth = prompt_ids.device, prompt_ids.size(1)
+        lengths = torch.tensor([len(answer) for _, answer in chunk], device=device)
+        width = int(lengths.max())
+        answer_ids = torch.full((len(chunk), width), self._pad_id, device=device)
+        for row, (_, answer) in enumerate(chunk):
+            answer_ids[row, : len(answer)] = torch.tensor(list(answer), device=device)
+        answer_mask = (torch.arange(width, device=device) < lengths[:, None]).long()
+        ids = torch.cat([prompt_ids, answer_ids], dim=1)
+        mask = torch.cat([prompt_mask, answer_mask], dim=1)
+        logps, top_logps, top_ids = [], [], []
+        cache = None
+        last = ids.size(1) - 1  # what follows the last token is nobody's question
+        for begin in range(0, last, step):
+            end = min(begin + step, last)
+            keep = end - max(begin, depth - 1)
+            output = self.model(
+                input_ids=ids[:, begin:end],
+                attention_mask=mask[:, :end],
+                past_key_values=cache,
+                use_cache=end < last,
+                logits_to_keep=max(1, keep),
+            )
+            cache = output.past_key_values
+            if keep <= 0:
+                continue
+            logp = torch.log_softmax(output.logits.float() / temperature, dim=-1)
+            logps.append(logp.gather(2, ids[:, end - keep + 1 : end + 1, None])[:, :, 0])
+            if top_k:
+                values, indices = logp.topk(min(top_k, logp.size(-1)), dim=-1)
+                top_logps.append(values)
+                top_ids.append(indices)
+        if not logps:  # only empty answers
+            return [Score([]) for _ in chunk]
+        own = torch.cat(logps, dim=1).tolist()
+        found = torch.cat(top_ids, dim=1).tolist() if top_k else [[]] * len(chunk)
+        found_logps = torch.cat(top_logps, dim=1).tolist() if top_k else [[]] * len(chunk)
+        return [
+            Score(own[row][:length], found[row][:length], found_logps[row][:length])
+            for row, length in enumerate(lengths.tolist())
+        ]
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy weights into this engine's model.
 
         Raises:
-            KeyError: a name that the model does not have.
-            ValueError: a tensor of another shape. Nothing is changed before all names and shapes are known to fit.
+            KeyError: a name that the model does not have, or one of its own that did not come.
+            ValueError: a tensor of another shape. After either, the engine has no usable weights.
         """
         own = dict(self.model.named_parameters())
-        incoming = dict(named_parameters)
-        unknown = sorted(set(incoming) - set(own))
-        if unknown:
-            raise KeyError(f"the engine's model has no parameter '{unknown[0]}'.")
-        for name, value in incoming.items():
-            if value.shape != own[name].shape:  # copy_ would broadcast it in silence
-                raise ValueError(
-                    f"'{name}' has shape {tuple(value.shape)}, but the engine's model has {tuple(own[name].shape)}."
-                )
-        with torch.no_grad():
-            for name, value in incoming.items():
-                own[name].copy_(value)
-        self.policy_version = version
+        tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - set(own)
+        shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+        self.policy_version = None
         self.files = None
         self.__dict__.pop("fingerprint", None)
+        with torch.no_grad():
+            incoming = (pair for pair in named_parameters if pair[0] not in tied)
+            for name, value in checked(incoming, shapes):  # copy_ alone would broadcast a wrong shape in silence
+                own[name].copy_(value)
+        self.policy_version = version
+
+    def switch(self, path: str) -> None:
+        """Take over the policy saved in a folder, of the same architecture."""
+        self.sync(saved_weights(path), 0)
+        self.files = files_fingerprint(path)
+
+    def sleep(self) -> None:
+        """Nothing: this engine holds no more than its model."""
+
+    def wake(self) -> None:
+        """Nothing."""
+
+    def _usable(self, call: str) -> int:
+        if self.policy_version is None:
+            raise EngineError(f"The transformers engine cannot {call}: a sync failed half-way, so sync again first.")
+        return self.policy_version
 
     def close(self) -> None:
         """Free the model."""
-        del self.model
+        self.model = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

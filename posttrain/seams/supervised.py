@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from posttrain.rollouts.transformers_engine import chat_ids
+from posttrain.rollouts.tokens import chat_ids
 from posttrain.seams.callbacks import quiet
 
 
