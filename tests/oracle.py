@@ -84,8 +84,10 @@ def batch(trainer: GRPOTrainer, seed: int, *, beta: float, sampler: bool, ragged
     inputs["old_per_token_logps"] = logps + noise(0.3)  # ratios on both sides of the clip
     if beta:
         inputs["ref_per_token_logps"] = logps + noise(0.5)
-    if sampler:
-        inputs["importance_sampling_ratio"] = noise(0.3).exp()
+    if sampler:  # what the engine said, and what TRL makes of it
+        difference = noise(0.3)
+        inputs["sampling_per_token_logps"] = inputs["old_per_token_logps"] - difference
+        inputs["importance_sampling_ratio"] = (difference * mask).exp()
     return inputs
 
 

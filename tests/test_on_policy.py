@@ -50,7 +50,9 @@ def test_value_and_gradient_equal_trl(pairs: Any, loss_type: str, beta: float, s
     for trainer in (ours, theirs):
         trainer.loss_type = loss_type
         trainer.current_gradient_accumulation_steps = 2
-        trainer.use_vllm = sampler  # what decides about the ratio in the loss; no engine is asked for anything
+        trainer.use_vllm = sampler  # what decides about the ratio in TRL's loss; no engine is asked for anything
+        trainer.vllm_importance_sampling_mode = "token_truncate"  # of no bounds, in ours: TRL is given the ratio itself
+        trainer.vllm_importance_sampling_clip_max = None
         results.append(value_and_gradient(trainer, inputs))
         trainer.use_vllm = False
     (our_loss, our_gradient), (their_loss, their_gradient) = results
@@ -205,7 +207,9 @@ def test_ignored_options_are_refused(tiny_model: str, tmp_path: Path, option: st
 FINGERPRINTS = {
     "__init__": "18f01b7a46c9544b",
     "_compute_loss": "80295546bbdbf6f7",
+    "_generate": "2a27fdf8f5e6f356",
     "_generate_and_score_completions": "1fa48922792dcd5c",
+    "_generate_single_turn": "e0f02e4fc094cefd",
     "_get_per_token_logps_and_entropies": "ea73c3909275851d",
     "_prepare_inputs": "f824e7fb07147956",
     "compute_loss": "a2d6ef8bd29c3e26",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 
@@ -50,3 +50,39 @@ def kl_k3(logps: Float[Tensor, "B T"], ref_logps: Float[Tensor, "B T"]) -> Float
     """
     difference = ref_logps - logps
     return torch.exp(difference) - difference - 1.0
+
+
+SAMPLER_CORRECTIONS = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
+"""How `sampler_correction` may bound the ratio, and over what."""
+
+
+def sampler_correction(
+    old_logps: Float[Tensor, "B T"],
+    sampler_logps: Float[Tensor, "B T"],
+    mask: Num[Tensor, "B T"],
+    *,
+    mode: str,
+    clip_min: float | None,
+    clip_max: float | None,
+) -> Float[Tensor, "B T"] | Float[Tensor, "B 1"]:
+    """π_old/π_sampler, a factor on the policy term for answers that another engine drew; dimensionless, no gradient.
+
+    Per token, or with `sequence_*` the product over an answer. Outside [clip_min, clip_max] it is clamped
+    (`*_truncate`) or 0 (`*_mask`, the answer or token is dropped). Where the engine gave no log-prob (NaN), 1.
+
+    Raises:
+        ValueError: unknown mode.
+    Source: truncated importance sampling, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"
+    (Yao et al. 2025), masked variants as in TRL 1.16. Differs: nothing.
+    """
+    if mode not in SAMPLER_CORRECTIONS:
+        raise ValueError(f"unknown sampler correction '{mode}'; known: {', '.join(SAMPLER_CORRECTIONS)}.")
+    difference = torch.nan_to_num((old_logps - sampler_logps) * mask, nan=0.0)
+    if mode.startswith("sequence"):
+        difference = difference.sum(dim=1, keepdim=True)
+    ratio = torch.exp(difference).detach()
+    if mode.endswith("truncate"):
+        return ratio if clip_min is None and clip_max is None else torch.clamp(ratio, min=clip_min, max=clip_max)
+    low = -torch.inf if clip_min is None else clip_min
+    high = torch.inf if clip_max is None else clip_max
+    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -98,6 +98,10 @@ class Engine(Protocol):
     name: str
     """One of `NAMES`."""
 
+    shared: bool
+    """Whether all processes use one engine (a server): then only the first one calls `sync` and `switch`, and the
+    others are told by `expect` what it serves now. Otherwise every process has its own."""
+
     tokenizer: PreTrainedTokenizerBase
 
     @property
@@ -146,6 +150,19 @@ class Engine(Protocol):
 
         The tokenizer stays. `policy_version` becomes 0.
         """
+
+    def sync_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], version: int) -> None:
+        """Take over LoRA adapters beside weights that stay, as in a peft folder: tensors and adapter_config.json.
+
+        Raises:
+            UserError: the engine was not started for adapters, or knows none.
+        """
+
+    def token(self) -> str:
+        """What identifies the weights that a shared engine serves to this process; "" where each has its own."""
+
+    def expect(self, token: str, version: int) -> None:
+        """From now on, accept samples of the weights that `token` identifies only; they carry `version`."""
 
     def sleep(self) -> None:
         """Give memory back until `wake`, where the engine can; the weights may be gone afterwards (sync again)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from posttrain.errors import UserError
 from posttrain.rollouts.engine import EngineError, Prompt, Sample, SamplingParams, Score, TokenIds
 from posttrain.rollouts.fingerprint import files_fingerprint, fingerprint
 from posttrain.rollouts.tokens import encode, end_ids
@@ -70,6 +71,7 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    shared = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 256) -> None:
         declared = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -253,6 +255,17 @@ class TransformersEngine:
         """Take over the policy saved in a folder, of the same architecture."""
         self.sync(saved_weights(path), 0)
         self.files = files_fingerprint(path)
+
+    def sync_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], version: int) -> None:
+        """Refused: adapters beside weights are for vLLM."""
+        raise UserError("The transformers engine takes whole weights only: set lora_sync = merge.")
+
+    def token(self) -> str:
+        """Nothing: every process has its own engine."""
+        return ""
+
+    def expect(self, token: str, version: int) -> None:
+        """Nothing: every process has its own engine."""
 
     def sleep(self) -> None:
         """Nothing: this engine holds no more than its model."""

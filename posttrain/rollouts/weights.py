@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -32,14 +33,21 @@ def full_weights(model: Any, gather: Gather = _already_whole) -> Iterator[tuple[
         gather: collective where parameters are partitioned; then every process must exhaust the iterator.
 
     Raises:
-        UserError: adapters that are not plain LoRA.
+        UserError: adapters that are not plain LoRA, or that adapt one of two tied weights, so that merging would change
+            the other one too.
     """
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         if any(part.startswith("lora_") for part in parts) or "original_module" in parts:
             continue
         layer = model.get_submodule(name.rpartition(".base_layer.")[0]) if "base_layer" in parts else None
         factors = _factors(layer, name) if layer is not None and parts[-1] == "weight" else []
+        if factors and uses[id(parameter)] > 1:
+            raise UserError(
+                f"There is an adapter on '{checkpoint_name(name)}', which is tied to another weight that has none: "
+                "leave the embedding out of model.lora.target_modules."
+            )
         with gather([parameter, *(tensor for _, pair in factors for tensor in pair)]) as (weight, *tensors):
             if factors:
                 merged = weight.float()

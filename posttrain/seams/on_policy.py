@@ -6,7 +6,8 @@ answers, a `rehearsal`. Both are computed from one forward pass per micro-batch.
 Metrics logged here, each a mean over completion tokens of all processes: `entropy` (nats), `kl` (nats, only with a
 reference), `clip_ratio/low_mean`, `clip_ratio/high_mean`, `clip_ratio/region_mean` (fraction of tokens). TRL's
 per-sequence extremes `clip_ratio/low_min` and `clip_ratio/high_max` are left out: they cost two more collectives per
-micro-batch. Everything that TRL logs while generating (rewards, lengths, …) is unchanged.
+micro-batch. Everything that TRL logs while generating (rewards, lengths, …) is unchanged; with a rollout engine,
+`posttrain.seams.rollout` defines `sampler/…` and `rollout/…` in place of TRL's `sampling/…`.
 """
 
 from __future__ import annotations
@@ -19,9 +20,17 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
-from posttrain.objectives.policy import clipped_surrogate, importance_ratio, kl_k3
+from posttrain.objectives.policy import (
+    SAMPLER_CORRECTIONS,
+    clipped_surrogate,
+    importance_ratio,
+    kl_k3,
+    sampler_correction,
+)
 from posttrain.objectives.reduce import LOSS_TYPES, reduce, token_mean
+from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.replay import Draw, Replay
+from posttrain.seams.rollout import DEFAULT_GAP_LIMIT, Gap, Rollouts, engine_of
 
 __all__ = ["GRPOConfig", "OnPolicyTrainer", "StoredTokens", "Tokens"]
 
@@ -74,8 +83,22 @@ class OnPolicyTrainer(GRPOTrainer):
     With nothing overridden it is GRPO, equal to TRL in value and gradient. Options of `GRPOConfig` that the loss here
     does not honour are refused at construction.
 
+    Answers come from the policy itself, or from a rollout engine (`rollouts`, or TRL's `use_vllm` and its options). The
+    engine is given the policy before every generation, and every answer must carry the version that was asked for.
+    TRL's importance-sampling correction (`vllm_importance_sampling_…`) applies to every engine; where generation and
+    update are aligned, log π_old is taken from the training forward, which saves TRL's extra one.
+
+    Args:
+        model, reward_funcs, args, train_dataset, …: as `trl.GRPOTrainer`.
+        rollouts: an engine that holds the same model and tokenizer; stays open.
+        sampler_gap_limit: largest 99th percentile of |log π_trainer − log π_sampler| (nats per token) before the first
+            update; default 0.05 in float32, 0.3 in half precision. Not checked with top_p or top_k, which make the two
+            differ rightly.
+        lora_sync: how LoRA reaches the engine, `merge` or `adapter`.
+
     Raises:
-        ValueError: such an option is set.
+        ValueError: an option that would be ignored is set.
+        posttrain.errors.UserError: the engine cannot do what the options ask for.
     """
 
     _tag_names = ["trl", "posttrain"]  # noqa: RUF012 - as TRL declares it
@@ -97,11 +120,21 @@ class OnPolicyTrainer(GRPOTrainer):
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
+        *,
+        rollouts: Engine | None = None,
+        sampler_gap_limit: float | None = None,
+        lora_sync: str = "merge",
         **kwargs: Any,
     ) -> None:
         if args is not None:
             refuse_ignored_options(args)
+        wants_engine = args is not None and args.use_vllm
+        if wants_engine and rollouts is not None:
+            raise ValueError("use_vllm and rollouts name two engines: give one of them.")
+        if wants_engine and args is not None:
+            args.use_vllm = False  # TRL would start an engine of its own, which goes stale in silence on a CPU
         super().__init__(model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        self.args.use_vllm = wants_engine
         if self.aux_loss_enabled:
             raise ValueError(
                 f"The model's router loss (router_aux_loss_coef = {self.router_aux_loss_coef}) is not part of this "
@@ -109,6 +142,13 @@ class OnPolicyTrainer(GRPOTrainer):
             )
         self._extra_keys: tuple[str, ...] = ()
         self._window: tuple[int, int] = (-1, -1)
+        if wants_engine:
+            rollouts = engine_of(self.args, self.model)
+        self._rollouts = Rollouts(self, rollouts, lora_sync) if rollouts is not None else None
+        half = self.args.bf16 or self.args.fp16 or self.model.dtype != torch.float32
+        limit = sampler_gap_limit or DEFAULT_GAP_LIMIT["half" if half else "float32"]
+        truncated = (self.top_p or 1.0) < 1.0 or (self.top_k or 0) > 0
+        self._gap = Gap(self.accelerator, None if truncated else limit)
 
     # ------------------------------------------------------------------ what a method supplies
 
@@ -154,7 +194,12 @@ class OnPolicyTrainer(GRPOTrainer):
         """Loss per token [B, T] of stored answers, to be minimised, and metrics per token."""
         raise NotImplementedError(f"{type(self).__name__} has a replay but no rehearsal objective.")
 
-    # ------------------------------------------------------------------ the three methods of TRL that we stand on
+    # ------------------------------------------------------------------ the four methods of TRL that we stand on
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._rollouts is None:
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return self._rollouts.generate(prompt_ids)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -202,7 +247,18 @@ class OnPolicyTrainer(GRPOTrainer):
             loss = loss + self.rehearsal_weight * share
             measured += [(name, value, mask) for name, value in stored_metrics.items()]
 
-        self._measure(measured, "train" if training else "eval")
+        mode = "train" if training else "eval"
+        self._measure(measured, mode)
+        if self._rollouts is not None:
+            found = self._gap.measure(
+                tokens.old_logps,
+                inputs["sampling_per_token_logps"],
+                tokens.mask,
+                tokens.sampler_ratio,
+                self._rollouts.engine.name,
+            )
+            for name, value in found.items():
+                self._metrics[mode][name].append(value)
         return loss
 
     # ------------------------------------------------------------------ parts of the above
@@ -216,14 +272,25 @@ class OnPolicyTrainer(GRPOTrainer):
         if "ref_per_token_logps" in inputs:
             extra["ref_logps"] = inputs["ref_per_token_logps"]
         old_logps = inputs.get("old_per_token_logps")
-        correct = self.use_vllm and self.vllm_importance_sampling_correction
+        if old_logps is None:  # generation and update are aligned: π_old is π_θ
+            old_logps = logps.detach()
+        ratio = None
+        if "sampling_per_token_logps" in inputs and self.vllm_importance_sampling_correction:
+            ratio = sampler_correction(
+                old_logps,
+                inputs["sampling_per_token_logps"],
+                mask,
+                mode=self.vllm_importance_sampling_mode,
+                clip_min=self.vllm_importance_sampling_clip_min,
+                clip_max=self.vllm_importance_sampling_clip_max,
+            )
         return Tokens(
             logps=logps,
-            old_logps=logps.detach() if old_logps is None else old_logps,
+            old_logps=old_logps,
             advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
             mask=mask,
             entropy=entropy.detach(),
-            sampler_ratio=inputs["importance_sampling_ratio"] if correct else None,
+            sampler_ratio=ratio,
             extra=extra,
         )
 
@@ -312,6 +379,11 @@ def refuse_ignored_options(args: GRPOConfig) -> None:
         raise ValueError(
             f"loss_type = '{args.loss_type}' is not one of {', '.join(LOSS_TYPES)}: choose one of them, or use TRL's "
             "own trainer."
+        )
+    if args.vllm_importance_sampling_mode not in SAMPLER_CORRECTIONS:
+        raise ValueError(
+            f"vllm_importance_sampling_mode = '{args.vllm_importance_sampling_mode}' is not one of "
+            f"{', '.join(SAMPLER_CORRECTIONS)}: choose one of them."
         )
     for name, (neutral, reason) in _NEUTRAL.items():
         value = getattr(args, name)
