@@ -59,6 +59,26 @@ def test_gradient_of_two_processes_equals_that_of_one(tiny_model: str, tmp_path:
         assert two["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
 
+def test_engines_of_two_processes_are_measured_together(tiny_model: str, tmp_path: Path) -> None:
+    launch(2, ["-m", "tests.two_rollouts", tiny_model, str(tmp_path / "out.pt"), "agree"])
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert [(said, step) for said, step, _ in found["everyone"]] == [("", 3), ("", 3)]
+    assert torch.equal(found["everyone"][0][2], found["everyone"][1][2])
+    for entry in found["history"][:3]:
+        assert 0.1 < entry["sampler/gap_mean"] < 0.3, "the mean over both"
+        assert entry["sampler/gap_max"] == pytest.approx(0.3, abs=1e-5)
+        assert entry["sampler/gap_p99"] == pytest.approx(0.3, abs=1e-5)
+
+
+def test_an_engine_that_fails_in_one_process_stops_both_at_the_same_step(tiny_model: str, tmp_path: Path) -> None:
+    launch(2, ["-m", "tests.two_rollouts", tiny_model, str(tmp_path / "out.pt"), "fail"])
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    (first, one, _), (second, two, _) = found["everyone"]
+    assert (one, two) == (1, 1)
+    assert "The engine of process 1 could not sample (EngineError: out of breath)" in first
+    assert second == "out of breath"
+
+
 def test_whole_job_in_two_processes(tmp_path: Path) -> None:
     """`accelerate launch -m posttrain.train` and `posttrain run` are one job: same store, same base evaluation."""
     path = write(tmp_path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,7 +18,7 @@ from posttrain.errors import UserError
 from posttrain.launch.warm_start import character_tokenizer, small_model
 from posttrain.recipe import WarmStart
 from posttrain.rollouts.engine import EngineError, Sample, SamplingParams
-from posttrain.rollouts.fingerprint import differs, fingerprint, weights_fingerprint
+from posttrain.rollouts.fingerprint import differs, files_fingerprint, fingerprint, weights_fingerprint
 from posttrain.rollouts.tokens import encode
 from posttrain.rollouts.transformers_engine import TransformersEngine
 
@@ -274,6 +277,54 @@ def test_nothing_to_score_is_no_error(engine: TransformersEngine) -> None:
     assert engine.sample([], SamplingParams(max_tokens=4)) == []
 
 
+def test_the_most_likely_tokens_come_with_the_score(engine: TransformersEngine) -> None:
+    sequences = pairs(engine)
+    plain, scores = engine.score(sequences), engine.score(sequences, temperature=0.7, top_k=3)
+    assert all(score.top_ids == [] for score in plain)
+    for (prompt, answer), score in zip(sequences, scores, strict=True):
+        assert len(score.top_ids) == len(score.top_logprobs) == len(answer)
+        for position in range(len(answer)):
+            logp = torch.log_softmax(next_logits(engine, [*prompt, *answer[:position]]) / 0.7, -1)
+            values, ids = logp.topk(3)
+            assert score.top_ids[position] == ids.tolist()
+            assert score.top_logprobs[position] == pytest.approx(values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("positions", [1, 3, 7, 40])
+def test_long_sequences_are_scored_piece_by_piece(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch, positions: int
+) -> None:
+    """Never more logits than `_SCORE_BYTES` has room for, and the same numbers: prompts longer and shorter than it."""
+    generator = torch.Generator().manual_seed(2)
+    sequences = [
+        (
+            torch.randint(3, 19, (p,), generator=generator).tolist(),
+            torch.randint(3, 19, (a,), generator=generator).tolist(),
+        )
+        for p, a in ((9, 60), (2, 31), (30, 5))
+    ]
+    whole = engine.score(sequences, top_k=2)
+    seen: list[int] = []
+    forward = engine.model.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        seen.append(output.logits.shape[:2].numel())
+        return output
+
+    monkeypatch.setattr("posttrain.rollouts.transformers_engine._SCORE_BYTES", positions * 4 * 19)
+    monkeypatch.setattr(engine.model, "forward", watched)
+    pieces = engine.score(sequences, top_k=2)
+    assert max(seen) <= positions < 60
+    for one, other in zip(whole, pieces, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        assert one.top_ids == other.top_ids
+
+
+def test_an_empty_answer_has_an_empty_score(engine: TransformersEngine) -> None:
+    assert [score.logprobs for score in engine.score([([5, 6], []), ([5], [])])] == [[], []]
+
+
 # ---------------------------------------------------------------- new weights
 
 
@@ -408,3 +459,46 @@ def test_adapters_are_part_of_the_fingerprint_of_an_adapted_model(tiny_model: st
     with torch.no_grad():
         next(p for name, p in adapted.named_parameters() if "lora_B" in name).add_(1.0)
     assert weights_fingerprint(adapted) != before
+
+
+def test_fifty_engines_leave_nothing_behind(tiny_model: str) -> None:
+    process = psutil.Process()
+
+    def cycle() -> weakref.ref[Any]:
+        made = TransformersEngine.load(tiny_model, device="cpu")
+        made.sample(PROMPTS, SamplingParams(max_tokens=3))
+        model = weakref.ref(made.model)
+        made.close()
+        made.close()
+        with pytest.raises(EngineError, match="closed"):
+            made.sample(PROMPTS, SamplingParams(max_tokens=3))
+        return model
+
+    def held() -> tuple[int, int, int, int]:
+        shared = sum(mapping.path.startswith("/dev/shm") for mapping in process.memory_maps())  # noqa: S108
+        return process.num_threads(), process.num_fds(), len(process.children()), shared
+
+    for _ in range(3):  # what the libraries allocate once
+        cycle()
+    before = held()
+    assert [cycle()() for _ in range(50)] == [None] * 50
+    assert held() == before
+
+
+def test_switching_to_a_saved_policy(tiny_model: str, tmp_path: Path) -> None:
+    """A whole model, and LoRA adapters, which come merged."""
+    engine, other = TransformersEngine.load(tiny_model, device="cpu"), sharpened(tiny_model)
+    other.model.save_pretrained(tmp_path / "whole")
+    engine.switch(str(tmp_path / "whole"))
+    assert engine.fingerprint == other.fingerprint and engine.policy_version == 0
+    assert engine.files == files_fingerprint(str(tmp_path / "whole"))
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), LoraConfig(target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.3)
+    adapted.save_pretrained(tmp_path / "adapters")
+    engine.switch(str(tmp_path / "adapters"))
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    expected = torch.log_softmax(adapted(input_ids=ids).logits, -1)[0, :-1].gather(1, ids[0, 1:, None])[2:, 0]
+    assert engine.score([([3, 4, 5], [6, 7])])[0].logprobs == pytest.approx(expected.tolist(), abs=1e-5)

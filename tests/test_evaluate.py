@@ -33,6 +33,8 @@ class Killed(Exception):
 class Guesser:
     """Draws a digit near the sum from `params.seed` alone; dies at the call number `dies_at`."""
 
+    name = "guesser"
+
     def __init__(self, fingerprint: str = "a1", dies_at: int | None = None) -> None:
         self.fingerprint, self.dies_at = fingerprint, dies_at
         self.calls = 0

@@ -7,7 +7,7 @@ import multiprocessing
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch import Tensor
 
 from posttrain import atomic
 from posttrain.errors import UserError
 from posttrain.recipe import Presample
 from posttrain.rewards import RewardOptions, Verdict, Verifier
-from posttrain.rollouts.engine import Engine, Prompt, Sample, SamplingParams
+from posttrain.rollouts.engine import Prompt, Sample, SamplingParams, Score
 from posttrain.rollouts.presample import presample
 from posttrain.rollouts.store import Store, prompt_id
 from posttrain.rollouts.tokens import encode
@@ -79,8 +78,10 @@ class Killed(Exception):
     """The process dies."""
 
 
-class Watched(Engine):
+class Watched:
     """An engine that remembers what it was asked, and dies at the call number `dies_at`."""
+
+    name = "transformers"
 
     def __init__(self, engine: TransformersEngine, dies_at: int | None = None) -> None:
         self.engine, self.dies_at = engine, dies_at
@@ -101,16 +102,10 @@ class Watched(Engine):
         return self.engine.sample(prompts, params)
 
     def score(
-        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float = 1.0
-    ) -> list[list[float]]:
+        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float = 1.0, top_k: int = 0
+    ) -> list[Score]:
         self._live()
-        return self.engine.score(sequences, temperature=temperature)
-
-    def sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
+        return self.engine.score(sequences, temperature=temperature, top_k=top_k)
 
     def _live(self) -> None:
         if self.calls == self.dies_at:
@@ -142,7 +137,7 @@ def engine(tiny_model: str) -> TransformersEngine:
     return TransformersEngine.load(tiny_model, device="cpu")
 
 
-def make(engine: Engine, folder: Path, **changes: Any) -> Store:
+def make(engine: Any, folder: Path, **changes: Any) -> Store:
     """A store of `ROWS` in `folder`; `changes` replace arguments of `presample`."""
     arguments = {
         "rows": ROWS,

@@ -161,6 +161,7 @@ def evaluate(
         "data": tasks.fingerprint(rows),
         "problems": len(rows),
         "model": engine.fingerprint,
+        "engine": engine.name,
         "verifier": verifier.identity,
         "n": settings.n,
         "temperature": settings.temperature,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pyarrow as pa
@@ -94,6 +95,7 @@ def presample(
     threshold = settings.pef_threshold or settings.samples_per_prompt
     identity = {
         "model": engine.fingerprint,
+        "engine": engine.name,
         "rows": fingerprint(rows),
         "verifier": verifier.identity,
         "sampling": {**settings.model_dump(), "pef_threshold": threshold, "max_tokens": max_tokens},
@@ -119,20 +121,27 @@ def presample(
     parts = atomic.Parts(output_dir / "parts", identity)
     size = max(1, batch_size // settings.samples_per_prompt)
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    tokens, started = 0, monotonic()
     with Bar("presample", len(rows), "prompts", shown=rank == 0) as bar:
         for index, chunk in enumerate(chunks):
             if index % world == rank and not parts.done(index):
                 seed = settings.seed * 1_000_003 + 2 * index
-                parts.write(
-                    index, _part(engine, chunk, verifier, settings, threshold, max_tokens, training_temperature, seed)
-                )
-            bar.advance(len(chunk))
+                part = _part(engine, chunk, verifier, settings, threshold, max_tokens, training_temperature, seed)
+                parts.write(index, part)
+                tokens += _tokens(part) * world  # the others have as much to do
+            bar.advance(len(chunk), f"{tokens / (monotonic() - started):,.0f} tokens/s")
     barrier()
     if rank == 0:
         _publish(parts.read(len(chunks)), identity, engine.files, output_dir)
         parts.remove()
     barrier()
     return Store.open(output_dir)
+
+
+def _tokens(part: pa.Table) -> int:
+    """Tokens of all answers that were drawn for a part."""
+    lists = [part[name].combine_chunks().flatten().field("token_ids") for name in ("samples", "stored")]
+    return sum(pa.compute.sum(pa.compute.list_value_length(column)).as_py() or 0 for column in lists)
 
 
 def _refuse_repeated_prompts(rows: Sequence[Row]) -> None:

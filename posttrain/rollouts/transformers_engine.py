@@ -27,7 +27,7 @@ from posttrain.errors import UserError
 from posttrain.rollouts.engine import EngineError, Prompt, Sample, SamplingParams, Score, TokenIds
 from posttrain.rollouts.fingerprint import files_fingerprint, fingerprint
 from posttrain.rollouts.tokens import encode, end_ids
-from posttrain.rollouts.weights import checked, saved_weights
+from posttrain.rollouts.weights import checked, loaded_whole, saved_weights
 
 _SCORE_BYTES = 2**28
 """Upper bound of the float32 logits that `score` holds at a time; a few times as much is in use around them."""
@@ -95,7 +95,8 @@ class TransformersEngine:
     ) -> TransformersEngine:
         """The engine of a model on disk or on the hub; on this process's GPU when there is one."""
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype))
+        with loaded_whole():
+            model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype))
         own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         target = device or (own_gpu if torch.cuda.is_available() else "cpu")
         engine = cls(model.to(target), tokenizer, batch_size=batch_size)
@@ -274,6 +275,8 @@ class TransformersEngine:
         """Nothing."""
 
     def _usable(self, call: str) -> int:
+        if self.model is None:
+            raise EngineError(f"The transformers engine cannot {call}: it was closed.")
         if self.policy_version is None:
             raise EngineError(f"The transformers engine cannot {call}: a sync failed half-way, so sync again first.")
         return self.policy_version
