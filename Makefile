@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint bench clean
+.PHONY: help install run test lint bench rehearse clean
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -28,6 +28,9 @@ lint: install ## ruff, mypy --strict and the import contracts
 
 bench: install ## time of a training step, against TRL
 	$(BIN)/python -m benchmarks.step
+
+rehearse: ## the lines of docker/Dockerfile.cpu without a Docker engine (as root, with debootstrap)
+	docker/rehearse.py
 
 clean: ## remove the virtual environment, builds and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from posttrain.errors import UserError, did_you_mean
 
@@ -191,7 +191,7 @@ class Server(Section):
 
     url: str | None = None
     """As in http://127.0.0.1:8000."""
-    devices: str | None = None
+    devices: Annotated[str, BeforeValidator(str)] | None = None
     """GPUs of a server that the run starts, as in 6,7 (its CUDA_VISIBLE_DEVICES)."""
     transfer: Literal["auto", "nccl", "folder"] = "auto"
     """How weights travel: from GPU to GPU (nccl), or as a safetensors folder that both sides can read; auto takes nccl
@@ -220,8 +220,9 @@ class Rollout(Section):
     """Longest answer in tokens, the end-of-sequence token included."""
     temperature: PositiveFloat = 1.0
     """Of training rollouts; log-probs are taken at the same temperature."""
-    batch_size: PositiveInt = 256
-    """Answers per part in pre-sampling and evaluation; sequences per `generate` call with transformers."""
+    batch_size: PositiveInt | None = None
+    """Answers per part in pre-sampling and evaluation, which is what an interruption can lose; with transformers, also
+    sequences per `generate` call. Default 256 with transformers, 4096 with vLLM."""
     sampler_gap_limit: PositiveFloat | None = None
     """Largest difference between the log-probs of engine and trainer before the first update, in nats per token (99th
     percentile); more stops the run. Default 0.05 in float32, 0.3 in half precision."""
@@ -229,6 +230,11 @@ class Rollout(Section):
     """How LoRA reaches a vLLM engine: merged into the weights (from a float32 copy), or as an adapter beside them."""
     vllm: Vllm = Field(default_factory=Vllm)
     server: Server = Field(default_factory=Server)
+
+    @property
+    def answers_per_part(self) -> int:
+        """`batch_size`, or the engine's default."""
+        return self.batch_size or (256 if self.engine == "transformers" else 4096)
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self) -> Rollout:
@@ -270,12 +276,48 @@ class Evaluation(Section):
         return self
 
 
+CONFIGS = ("ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2")
+"""The accelerate configurations that ship with the package, in recipes/accelerate."""
+
+
+def is_path(config: str) -> bool:
+    """Whether `launch.config` names a file, and not one of `CONFIGS`."""
+    return config.endswith((".yaml", ".yml", ".json")) or "/" in config
+
+
 class Launch(Section):
-    """How many processes train, and with which accelerate configuration."""
+    """How many processes train, on how many machines, and how the model is split over them."""
 
     processes: PositiveInt = 1
-    config_file: str | None = None
-    """An accelerate configuration (YAML) for DeepSpeed, FSDP or several machines."""
+    """In all, over all machines."""
+    config: str | None = None
+    """ddp, zero1, zero2, zero3, zero3_offload, fsdp2 (recipes/accelerate), or the path of an accelerate configuration;
+    default ddp for several processes, nothing for one."""
+    machines: PositiveInt = 1
+    """The same command is started on each of them; all must see the same --output-dir and POSTTRAIN_CACHE."""
+    # Where machines meet is no part of what they compute, so it is no part of the stored recipe.
+    machine_rank: Annotated[int | None, Field(ge=0, exclude=True)] = None
+    """Of this machine, from 0; default Slurm's SLURM_NODEID."""
+    main_address: Annotated[str | None, Field(exclude=True)] = None
+    """Host name or address of machine 0; default the first host of Slurm's SLURM_JOB_NODELIST."""
+    main_port: Annotated[int | None, Field(gt=0, lt=65536, exclude=True)] = None
+    """Free port on machine 0; default 29500, under Slurm one that follows from the job's number."""
+
+    @model_validator(mode="after")
+    def _shares_of_machines(self) -> Launch:
+        if self.processes % self.machines:
+            raise ValueError(f"{self.processes} processes cannot be shared evenly by {self.machines} machines")
+        if self.machines == 1:
+            for name in ("machine_rank", "main_address", "main_port"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} has no effect on one machine: remove it, or set machines")
+        elif self.machine_rank is not None and self.machine_rank >= self.machines:
+            raise ValueError(f"machine_rank {self.machine_rank} is none of {self.machines} machines: they count from 0")
+        if self.config is not None and not is_path(self.config) and self.config not in CONFIGS:
+            raise ValueError(
+                f"there is no configuration '{self.config}'{did_you_mean(self.config, CONFIGS).rstrip('?')}"
+            )
+        return self
 
 
 class Recipe(Section):
@@ -348,11 +390,11 @@ def parse_value(text: str) -> Any:
 
 
 def names() -> dict[str, Path]:
-    """The recipes that ship with the package, by name (`dph_rl/countdown3`), without the bases."""
+    """The recipes that ship with the package, by name (`dph_rl/countdown3`): no bases, no launch configurations."""
     return {
         str(path.relative_to(RECIPES).with_suffix("")): path
         for path in sorted(RECIPES.glob("*/*.yaml"))
-        if path.parent.name != "bases"
+        if path.parent.name not in ("bases", "accelerate")
     }
 
 

@@ -226,14 +226,14 @@ def test_several_processes_go_through_the_launcher(
         given.extend((recipe.launch.processes, *arguments))
         return [sys.executable, "-c", "raise SystemExit(7)"]
 
-    stand_ins = {
-        "posttrain.launch.resolve": types.SimpleNamespace(resolve=lambda recipe: given.append("resolved")),
-        "posttrain.launch.spawn": types.SimpleNamespace(accelerate_command=accelerate_command),
-    }
-    for name, module in stand_ins.items():
-        monkeypatch.setitem(sys.modules, name, module)
+    resolve = types.SimpleNamespace(
+        resolve=lambda recipe: given.append("resolved"), require_devices=lambda recipe: given.append("devices")
+    )
+    monkeypatch.setitem(sys.modules, "posttrain.launch.resolve", resolve)
+    monkeypatch.setattr(run, "accelerate_command", accelerate_command)
     assert call("run", RECIPE, "--set", "launch.processes=2").exit_code == 7
-    assert given == ["resolved", 2, Path("runs/dph_rl-countdown3"), False, [RECIPE, "--set", "launch.processes=2"]]
+    repeated = [RECIPE, "--set", "launch.processes=2"]
+    assert given == [2, Path("runs/dph_rl-countdown3"), False, repeated, "resolved", "devices"]
     assert pipeline.calls == []
 
 

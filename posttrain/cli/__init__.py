@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import posttrain
-from posttrain.cli import check, evaluate, presample, run
+from posttrain.cli import check, evaluate, presample, run, serve
 from posttrain.cli.console import Group, prepare
 from posttrain.cli.listing import listing, recipe_listing
 
@@ -38,6 +38,7 @@ app.command("run", rich_help_panel=TRAIN)(run.command)
 app.command("check", rich_help_panel=TRAIN)(check.command)
 app.command("presample", rich_help_panel=TRAIN)(presample.command)
 app.command("evaluate", rich_help_panel=TRAIN)(evaluate.command)
+app.command("serve", rich_help_panel=TRAIN, epilog=serve.EXAMPLES)(serve.command)
 app.add_typer(recipe_listing(), name="recipes", help="List the recipes; show NAME prints one.", rich_help_panel=LOOK)
 app.add_typer(listing("method"), name="methods", help="List the methods; show NAME explains one.", rich_help_panel=LOOK)
 app.add_typer(listing("reward"), name="rewards", help="List the rewards; show NAME explains one.", rich_help_panel=LOOK)

@@ -14,6 +14,7 @@ import typer
 from posttrain import recipe as recipes
 from posttrain import registry, rewards, tasks
 from posttrain.cli.console import Command, prepare, reported
+from posttrain.launch.spawn import accelerate_command, configuration, needs_launcher
 from posttrain.recipe import Recipe
 
 RecipeArgument = Annotated[
@@ -56,20 +57,20 @@ def command(
 ) -> None:
     """Run a recipe: make the initial policy, pre-sample, train, evaluate and compare.
 
-    A recipe that asks for several processes, or names an accelerate configuration, is started through accelerate.
+    A recipe that asks for several processes, or names a launch configuration, is started through accelerate.
     """
     loaded = read(recipe, assignments)
     line = command_line("run", recipe, assignments, output_dir)
-    if loaded.launch.processes == 1 and loaded.launch.config_file is None:
+    if not needs_launcher(loaded.launch):
         in_process(recipe, assignments, output_dir, resume)
         return
-    from posttrain.launch.resolve import resolve
-    from posttrain.launch.spawn import accelerate_command
-
-    resolve(loaded)  # a mistake in method.args is one sentence here, and one traceback per process there
     arguments = accelerate_command(
         loaded, output_dir or default_output_dir(loaded), resume, [recipe, *_set_arguments(assignments)]
     )
+    from posttrain.launch.resolve import require_devices, resolve
+
+    resolve(loaded)  # a mistake in method.args is one sentence here, and one traceback per process there
+    require_devices(loaded)
     with reported(f"interrupted; continue with: {line} --resume"):
         raise typer.Exit(_wait_for(arguments))
 
@@ -107,6 +108,7 @@ def read(reference: str, assignments: Sequence[str] | None) -> Recipe:
     recipe = recipes.load(reference, assignments or ())
     for method in (recipe.method.name, *(baseline.name for baseline in recipe.baselines)):
         registry.entry("method", method)
+    configuration(recipe)
     verifier = tasks.load(recipe.task.name, recipe.task.options).verifier[0]
     for reward in recipe.rewards:
         if reward.name is not None and (reward.options or reward.name != verifier):

@@ -16,8 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +25,15 @@ from rich.console import Console
 from posttrain import atomic, rewards, tasks
 from posttrain import recipe as recipes
 from posttrain.errors import UserError
+from posttrain.launch.engines import Engines
 from posttrain.launch.provenance import provenance
-from posttrain.launch.resolve import Resolved, resolve, trainer_config, with_baselines
+from posttrain.launch.resolve import Resolved, launched, resolve, trainer_config, with_baselines
+from posttrain.launch.spawn import configuration
+from posttrain.launch.workers import Workers
 from posttrain.recipe import Lora, Model, Recipe, WarmStart
+from posttrain.versions import untested
 
 BASE = "base"
-
-
-@dataclass
-class Workers:
-    """The processes of this launch."""
-
-    rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
-    world: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes."""
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if self.world == 1:
-            return
-        from accelerate import PartialState
-
-        # Sampling and warm starts on the first process can take hours: nobody may give up waiting before.
-        PartialState(timeout=timedelta(days=2)).wait_for_everyone()
 
 
 @dataclass(frozen=True)
@@ -71,6 +52,10 @@ class Job:
     def recipe(self) -> Recipe:
         """The main recipe."""
         return self.resolved.recipe
+
+    def engines(self, model: str, workers: Workers, log: Path) -> Engines:
+        """The engines for a policy and those that are trained from it."""
+        return Engines(self.recipe, model, [*self.train_rows, *self.eval_rows], workers, log)
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -154,13 +139,16 @@ def _started(recipe: Recipe, world: int) -> Recipe:
 
 
 def _begin(recipe: Recipe) -> Job:
-    """What every verb does first: quieten the libraries, choose the threads, and check the recipe.
+    """What every verb does first: quieten the libraries, warn of untested ones, choose the threads, check the recipe.
 
     One thread on a CPU for models that are made here: they are too small for two to help.
     """
     import torch
 
     quiet_libraries()
+    if Workers().first:
+        for sentence in untested():
+            Console(stderr=True, highlight=False).print(f"[yellow]warning:[/] {sentence}", soft_wrap=True)
     if recipe.model.warm_start is not None and "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
         torch.set_num_threads(1)
     return prepare(recipe)
@@ -190,12 +178,27 @@ def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None
     stages.begin("initial policy")
     model = initial_policy(job, workers)
     say.print(f"  {model}", soft_wrap=True)
+    engines = job.engines(model, workers, log=output_dir / "server.log")
+    try:
+        _train_and_measure(job, model, engines, stages, say, output_dir, workers)
+    finally:
+        engines.close()
+    stages.begin("report")
+    if workers.first:
+        report(job, output_dir, command)
+    workers.barrier()
+
+
+def _train_and_measure(
+    job: Job, model: str, engines: Engines, stages: _Stages, say: Console, output_dir: Path, workers: Workers
+) -> None:
+    """Everything between the initial policy and the report."""
     stages.begin(f"evaluate {BASE}")
-    evaluate_policy(job, model, output_dir / BASE / "evaluation", BASE, workers)
+    evaluate_policy(job, model, engines, output_dir / BASE / "evaluation", BASE, workers)
     store = None
     if any(resolved.takes_store for resolved in job.runs.values()):
         stages.begin("presample")
-        store = presample_policy(job, model, output_dir / "store", workers)
+        store = presample_policy(job, model, engines, output_dir / "store", workers)
         counts = store.counts
         say.print(
             f"  {counts['prompts']} prompts: {counts['explore']} to explore, {counts['pef']} near-perfect, "
@@ -209,13 +212,9 @@ def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None
                 resolved.trainer_class.require_store(config, store)
     for label, resolved in job.runs.items():
         stages.begin(f"train {label}")
-        trained = train(job, resolved, model, store, output_dir / label, workers)
+        trained = train(job, resolved, model, engines, store, output_dir / label, workers)
         stages.begin(f"evaluate {label}")
-        evaluate_policy(job, str(trained), output_dir / label / "evaluation", label, workers)
-    stages.begin("report")
-    if workers.first:
-        report(job, output_dir, command)
-    workers.barrier()
+        evaluate_policy(job, str(trained), engines, output_dir / label / "evaluation", label, workers)
 
 
 def run_presample(recipe: Recipe, output_dir: Path) -> Path:
@@ -226,7 +225,12 @@ def run_presample(recipe: Recipe, output_dir: Path) -> Path:
     """
     workers = Workers()
     job = _begin(recipe)
-    store = presample_policy(job, initial_policy(job, workers), output_dir, workers)
+    model = initial_policy(job, workers)
+    engines = job.engines(model, workers, log=output_dir.parent / "server.log")
+    try:
+        store = presample_policy(job, model, engines, output_dir, workers)
+    finally:
+        engines.close()
     return Path(store.path)
 
 
@@ -243,7 +247,12 @@ def run_evaluate(recipe: Recipe, model: str | None, output_dir: Path) -> None:
     label = BASE if model is None else Path(model).name
     if model is not None and label == "model":  # as `run` lays them out: <label>/model
         label = Path(model).resolve().parent.name
-    evaluate_policy(job, model or initial_policy(job, workers), output_dir, label, workers)
+    policy = model or initial_policy(job, workers)
+    engines = job.engines(policy, workers, log=output_dir / "server.log")
+    try:
+        evaluate_policy(job, policy, engines, output_dir, label, workers)
+    finally:
+        engines.close()
     if workers.first:
         result = evaluate.load(output_dir)
         console = Console(highlight=False)
@@ -268,27 +277,22 @@ def _alone(arguments: Sequence[str]) -> None:
     """Make the warm start in a process of its own: a trainer that saw this launch would wait for the others."""
     import subprocess
 
-    distributed = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in distributed and not name.startswith(("ACCELERATE_", "TORCHELASTIC_", "FSDP_"))
-    }
+    environment = {name: value for name, value in os.environ.items() if not launched(name)}
     subprocess.run(  # noqa: S603 - this very module, no shell
         [sys.executable, "-m", "posttrain.launch.alone", *arguments], check=True, env=environment
     )
 
 
-def presample_policy(job: Job, model: str, folder: Path, workers: Workers) -> Any:
+def presample_policy(job: Job, model: str, engines: Engines, folder: Path, workers: Workers) -> Any:
     """The store of the initial policy (`posttrain.rollouts.store.Store`)."""
     from posttrain.rollouts.presample import presample
     from posttrain.rollouts.store import Store
 
     recipe = job.recipe
-    if (folder / "manifest.json").is_file():
+    finished = (folder / "manifest.json").is_file()
+    if finished:
         Store.open(folder).require_files(model)
-    engine = _engine(recipe, model)
-    try:
+    with engines.on(model, finished=finished) as engine:
         return presample(
             engine,
             job.train_rows,
@@ -297,21 +301,18 @@ def presample_policy(job: Job, model: str, folder: Path, workers: Workers) -> An
             max_tokens=recipe.rollout.max_tokens,
             training_temperature=recipe.rollout.temperature,
             output_dir=folder,
-            batch_size=recipe.rollout.batch_size,
+            batch_size=recipe.rollout.answers_per_part,
             worker=(workers.rank, workers.world),
             barrier=workers.barrier,
         )
-    finally:
-        engine.close()
 
 
-def evaluate_policy(job: Job, model: str, folder: Path, label: str, workers: Workers) -> None:
+def evaluate_policy(job: Job, model: str, engines: Engines, folder: Path, label: str, workers: Workers) -> None:
     """Evaluate one policy into `folder`; reused when it is there already."""
     from posttrain.evaluation import evaluate
 
     recipe = job.recipe
-    engine = _engine(recipe, model)
-    try:
+    with engines.on(model, finished=(folder / "evaluation.json").is_file()) as engine:
         evaluate.evaluate(
             engine,
             job.task.name,
@@ -319,38 +320,37 @@ def evaluate_policy(job: Job, model: str, folder: Path, label: str, workers: Wor
             job.verifier,
             recipe.evaluation,
             max_tokens=recipe.rollout.max_tokens,
-            batch_size=recipe.rollout.batch_size,
+            batch_size=recipe.rollout.answers_per_part,
             output_dir=folder,
             label=label,
             worker=(workers.rank, workers.world),
         )
-    finally:
-        engine.close()
     workers.barrier()
     if workers.first:
         evaluate.finish(folder, recipe.evaluation, label=label)
     workers.barrier()
 
 
-def _engine(recipe: Recipe, model: str) -> Any:
-    from posttrain.rollouts.transformers_engine import TransformersEngine
+def train(
+    job: Job, resolved: Resolved, model: str, engines: Engines, store: Any, folder: Path, workers: Workers
+) -> Path:
+    """Train one method; returns the folder of the trained policy, at once when it is finished already.
 
-    revision = recipe.model.revision if model == recipe.model.path else None
-    return TransformersEngine.load(
-        model, dtype=recipe.model.dtype, revision=revision, batch_size=recipe.rollout.batch_size
-    )
-
-
-def train(job: Job, resolved: Resolved, model: str, store: Any, folder: Path, workers: Workers) -> Path:
-    """Train one method; returns the folder of the trained policy, at once when it is finished already."""
+    Raises:
+        EngineError: the engine failed; a checkpoint of what had been trained until then is there.
+        KeyboardInterrupt: the user stopped; so it is then.
+    """
     finished = folder / "model"
     if (folder / "history.json").is_file():
         return finished
     from datasets import Dataset
 
+    from posttrain.rollouts.engine import EngineError
     from posttrain.seams.callbacks import CompleteCheckpoints, StopOnInterrupt, quiet
+    from posttrain.seams.sharding import RequireSharding, release
 
     stop = StopOnInterrupt()
+    rollout = resolved.recipe.rollout
     options: dict[str, Any] = {"store": store} if resolved.takes_store else {}
     if resolved.recipe.model.lora is not None:
         options["peft_config"] = _lora(resolved.recipe.model.lora)
@@ -359,7 +359,10 @@ def train(job: Job, resolved: Resolved, model: str, store: Any, folder: Path, wo
         reward_funcs=reward_functions(resolved.recipe, job.task),
         args=trainer_config(resolved, folder / "checkpoints"),
         train_dataset=Dataset.from_list(job.train_rows),
-        callbacks=[stop, CompleteCheckpoints()],
+        callbacks=[RequireSharding(_asked(resolved.recipe)), stop, CompleteCheckpoints()],
+        rollouts=engines.for_training(),
+        sampler_gap_limit=rollout.sampler_gap_limit,
+        lora_sync=rollout.lora_sync,
         **options,
     )
     quiet(
@@ -368,14 +371,25 @@ def train(job: Job, resolved: Resolved, model: str, store: Any, folder: Path, wo
         show=("reward", "entropy", "completions/mean_length", "kl", "pef/divergence"),
     )
     checkpoint = CompleteCheckpoints.latest(folder / "checkpoints")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except EngineError as error:
+        saved = CompleteCheckpoints.save(trainer)
+        raise EngineError(f"{error} {saved} Continue with --resume.") from error
     if stop.interrupted:
         raise KeyboardInterrupt
     trainer.save_model(str(finished))
     if workers.first:
         atomic.write_json(folder / "history.json", trainer.state.log_history)
+    release(trainer)  # the next one needs the memory
     workers.barrier()
     return finished
+
+
+def _asked(recipe: Recipe) -> str | None:
+    """How the recipe wants the model split; None when it leaves that to whoever launches it."""
+    chosen = configuration(recipe) if recipe.launch.config is not None else None
+    return chosen.kind if chosen is not None else None
 
 
 def _lora(lora: Lora) -> Any:

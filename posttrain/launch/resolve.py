@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import os
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from posttrain import registry
 from posttrain.errors import UserError, did_you_mean
 from posttrain.recipe import Recipe
+from posttrain.seams.sharding import fsdp_without_gpus, requested
 
 OWNED = {
     "output_dir": "--output-dir",
@@ -30,6 +34,10 @@ OWNED = {
     "reward_weights": "rewards[].weight",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    "deepspeed": "launch.config",
+    "fsdp": "launch.config",
+    "fsdp_config": "launch.config",
+    "use_cpu": "a machine with or without GPUs (a CPU is taken where there is none)",
     "trust_remote_code": "a model whose code ships with transformers (remote code is never run)",
 }
 """Trainer arguments that the recipe says elsewhere, and where."""
@@ -119,7 +127,9 @@ def resolve(recipe: Recipe) -> Resolved:
         "model_init_kwargs": {"dtype": recipe.model.dtype, "revision": recipe.model.revision},
         "bf16": recipe.model.dtype == "bfloat16" and on_gpu,
         "fp16": recipe.model.dtype == "float16" and on_gpu,
-        "use_cpu": not on_gpu,
+        # Without GPUs this makes processes meet over gloo; DeepSpeed, which the environment turns on, it leaves on.
+        # FSDP it would turn off; `trainer_config` knows another way.
+        "use_cpu": not on_gpu and requested() not in ("fsdp1", "fsdp2"),
     }
     _probe(config_class, trainer_args, batch, recipe.method.name)
     return Resolved(recipe, trainer_args, batch, config_class, trainer_class)
@@ -200,10 +210,11 @@ def _probe(config_class: type[Any], trainer_args: dict[str, Any], batch: BatchId
         "output_dir": "unused",
         "report_to": [],
         "per_device_train_batch_size": batch.per_device * batch.world,
-        "deepspeed": None,
+        "use_cpu": True,
     }
     try:
-        config = config_class(**probe)
+        with _alone():
+            config = config_class(**probe)
     except (ValueError, TypeError) as error:
         sentence = " ".join(str(error).split())
         raise UserError(f"The method '{method}' refuses its arguments: {sentence}") from None
@@ -215,6 +226,43 @@ def _probe(config_class: type[Any], trainer_args: dict[str, Any], batch: BatchId
         raise UserError(f"The method '{method}' refuses its arguments: {error}") from None
 
 
+def require_devices(recipe: Recipe) -> None:
+    """Refuse more processes than this machine has GPUs, unless it has none and all run on the CPU.
+
+    Raises:
+        UserError: there are fewer GPUs than processes.
+    """
+    here, gpus = recipe.launch.processes // recipe.launch.machines, torch.cuda.device_count()
+    if 0 < gpus < here:
+        raise UserError(
+            f"The recipe asks for {here} processes on this machine (launch.processes), but it has {gpus} GPUs: each "
+            "process needs its own."
+        )
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Inside, this process looks as if no launcher had started it: what is built joins neither others nor DeepSpeed."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    before = dict(PartialState._shared_state)
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if launched(name)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._shared_state.update(before)
+
+
+def launched(name: str) -> bool:
+    """Whether an environment variable is one by which a launcher tells its processes who they are."""
+    known = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return name in known or name.startswith(("ACCELERATE_", "TORCHELASTIC_", "FSDP_"))
+
+
 def trainer_config(resolved: Resolved, output_dir: Path) -> Any:
     """The trainer's config for a run in `output_dir`."""
-    return resolved.config_class(output_dir=str(output_dir), **resolved.trainer_args)
+    with fsdp_without_gpus():
+        return resolved.config_class(output_dir=str(output_dir), **resolved.trainer_args)

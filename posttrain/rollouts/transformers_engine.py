@@ -142,6 +142,7 @@ class TransformersEngine:
                 eos_token_id=self._eos_ids,
                 pad_token_id=self._pad_id,
                 disable_compile=True,
+                synced_gpus=False,  # by default, processes wait for one another wherever a ZeRO-3 config is alive
             )
         finally:
             self.model.generation_config = habits

@@ -6,6 +6,7 @@ vLLM's `collective_rpc`.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -49,7 +50,14 @@ class PolicyWorker:
         self._posttrain_version = UNKNOWN
         # "Failed to load weights" of a tied head, which has none, at every sync.
         logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
-        self.model_runner.reload_weights(weights_iterator=weights, weights_path=folder)
+        try:
+            self.model_runner.reload_weights(weights_iterator=weights, weights_path=folder)
+        except BaseException:
+            # Layers of which only a part has come would count it as theirs in the next load, and take the rest of that
+            # for more than they need.
+            reload: Any = importlib.import_module("vllm.model_executor.model_loader.reload")
+            reload.finalize_layerwise_reload(self.model_runner.model, self.model_runner.model_config)
+            raise
         _refresh_tied_head(self.model_runner.model)
         self._posttrain_version = version
 

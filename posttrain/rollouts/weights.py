@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -89,6 +90,26 @@ def _factors(layer: Any, name: str) -> list[tuple[float, tuple[Tensor, Tensor]]]
     return found
 
 
+@contextmanager
+def loaded_whole() -> Iterator[None]:
+    """Inside, `from_pretrained` gives every process a whole model, even where a trainer's would be split.
+
+    As long as a trainer's config for ZeRO-3 is alive anywhere, transformers partitions whatever it loads; and where
+    FSDP loads sparingly, all processes but the first get empty weights.
+    """
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    sparingly = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
+        if sparingly is not None:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = sparingly
+
+
 def saved_weights(path: str) -> Iterator[tuple[str, Tensor]]:
     """The weights in a folder of safetensors files, or of LoRA adapters merged into their base, one at a time.
 
@@ -99,7 +120,9 @@ def saved_weights(path: str) -> Iterator[tuple[str, Tensor]]:
     if (folder / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM
 
-        yield from full_weights(AutoPeftModelForCausalLM.from_pretrained(path, dtype="auto"))
+        with loaded_whole():
+            model = AutoPeftModelForCausalLM.from_pretrained(path, dtype="auto")
+        yield from full_weights(model)
         return
     files = sorted(folder.glob("*.safetensors"))
     if not files:

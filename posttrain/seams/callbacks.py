@@ -103,8 +103,24 @@ class CompleteCheckpoints(TrainerCallback):
     MARKER = "complete"
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # each process writes its own part: random state, ZeRO's optimiser state
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.MARKER).touch()
+
+    @classmethod
+    def save(cls, trainer: Any) -> str:
+        """Save what a trainer has learned until now, if that has not been done; a sentence on what there is.
+
+        To be called by all processes, after one optimiser step has ended and before the next one has begun.
+        """
+        step, folder = trainer.state.global_step, Path(trainer.args.output_dir)
+        if step == 0:
+            return "Nothing had been trained yet."
+        if not (folder / f"checkpoint-{step}" / cls.MARKER).exists():
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+        return f"What was trained until step {step} is saved."
 
     @classmethod
     def latest(cls, folder: Path) -> str | None:

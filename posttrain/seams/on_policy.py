@@ -31,6 +31,7 @@ from posttrain.objectives.reduce import LOSS_TYPES, reduce, token_mean
 from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.replay import Draw, Replay
 from posttrain.seams.rollout import DEFAULT_GAP_LIMIT, Gap, Rollouts, engine_of
+from posttrain.seams.sharding import RequireSharding
 
 __all__ = ["GRPOConfig", "OnPolicyTrainer", "StoredTokens", "Tokens"]
 
@@ -140,6 +141,7 @@ class OnPolicyTrainer(GRPOTrainer):
                 f"The model's router loss (router_aux_loss_coef = {self.router_aux_loss_coef}) is not part of this "
                 "objective: set router_aux_loss_coef = 0."
             )
+        self.add_callback(RequireSharding())
         self._extra_keys: tuple[str, ...] = ()
         self._window: tuple[int, int] = (-1, -1)
         if wants_engine:

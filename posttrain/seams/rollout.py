@@ -200,11 +200,11 @@ def gather(trainer: Any) -> Gather:
     accelerator = trainer.accelerator
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         @contextmanager
         def from_partitions(parameters: Sequence[Any]) -> Iterator[list[Tensor]]:
-            with GatheredParameters(list(parameters)):
+            with deepspeed.zero.GatheredParameters(list(parameters)):
                 # Copies: the engine may keep a tensor until its whole layer is there, and these are about to go.
                 yield [parameter.detach().clone() for parameter in parameters]
 

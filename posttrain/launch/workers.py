@@ -1,0 +1,57 @@
+"""The processes of a launch, and what they agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from posttrain.errors import UserError
+
+
+@dataclass
+class Workers:
+    """The processes of this launch."""
+
+    rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
+    world: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world == 1:
+            return
+        import torch
+        from accelerate import PartialState
+
+        # Sampling and warm starts on the first process can take hours: nobody may give up waiting before. Without a GPU
+        # accelerate meets over gloo when it is told so, and not at all otherwise.
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2)).wait_for_everyone()
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns in the first process, in every one.
+
+        Raises:
+            UserError: it failed there, in every process alike.
+        """
+        if self.world == 1:
+            return make()
+        from accelerate.utils import broadcast_object_list
+
+        self.barrier()
+        made: list[Any] = [None, None]
+        if self.first:
+            try:
+                made = [make(), None]
+            except UserError as error:
+                made = [None, str(error)]
+        broadcast_object_list(made, from_process=0)
+        if made[1] is not None:
+            raise UserError(made[1])
+        return made[0]
