@@ -31,9 +31,14 @@ def finished(out: Path, label: str) -> list[dict[str, Any]]:
     return [entry for entry in history if "reward" in entry]
 
 
-def test_a_run_on_colocated_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "lora", [[], ["model.lora={r: 4, alpha: 8}", "rollout.lora_sync=adapter"]], ids=["full", "lora"]
+)
+def test_a_run_on_colocated_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: list[str]) -> None:
+    """Two methods and three evaluations on one engine, which changes weights between them."""
     path, out = write(tmp_path), tmp_path / "out"
     settings = [*HEADS, "--set", "rollout.engine=vllm_colocate"]
+    settings += [part for setting in lora for part in ("--set", setting)]
     command = [sys.executable, "-m", "posttrain", "run", str(path), *settings, "--output-dir", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -220,7 +220,12 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     ("argument", "where"),
-    [("deepspeed={zero_optimization: {stage: 2}}", r"launch\.config"), ("use_cpu=true", "a machine with or without")],
+    [
+        ("deepspeed={zero_optimization: {stage: 2}}", r"launch\.config"),
+        ("use_cpu=true", "a machine with or without"),
+        ("use_vllm=true", r"rollout\.engine"),
+        ("vllm_server_port=8001", r"rollout\.server\.url"),
+    ],
 )
 def test_what_the_launch_decides_is_no_argument_of_the_trainer(argument: str, where: str) -> None:
     with pytest.raises(UserError, match=f"is said elsewhere in a recipe: use {where}"):

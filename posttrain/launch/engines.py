@@ -68,6 +68,8 @@ class Engines:
         if self.recipe.rollout.engine == "transformers":
             return None
         self._start()
+        if self.recipe.rollout.lora_sync == "adapter" and self._holds != self.initial:
+            self._switch(self.initial)  # what the adapters are trained beside
         self._holds = None
         return self._engine
 
@@ -152,6 +154,7 @@ class Engines:
 
     def _switch(self, path: str) -> None:
         self._holds = None
+        self._engine.wake()
         if not self._engine.shared:
             self._engine.switch(path)
         else:
