@@ -26,8 +26,9 @@ lint: install ## ruff, mypy --strict and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: install ## time of a training step, against TRL
+bench: install ## time of a training step, against TRL; tokens per second of the engines, against vLLM
 	$(BIN)/python -m benchmarks.step
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engines
 
 rehearse: ## the lines of docker/Dockerfile.cpu without a Docker engine (as root, with debootstrap)
 	docker/rehearse.py

@@ -40,10 +40,12 @@ from posttrain.rollouts.weights import full_weights
 from posttrain.versions import versions
 
 MODELS = {
-    "3 M parameters": WarmStart(hidden_size=256, intermediate_size=688, layers=4, heads=4),
-    "25 M parameters": WarmStart(hidden_size=512, intermediate_size=1376, layers=8, heads=8),
+    "3 M parameters": (WarmStart(hidden_size=256, intermediate_size=688, layers=4, heads=4), 256),
+    "25 M parameters": (WarmStart(hidden_size=512, intermediate_size=1376, layers=8, heads=8), 64),
 }
-ANSWERS, MAX_TOKENS, PROMPTS = 8, 64, 256
+"""Shape and number of prompts, by what the report calls it."""
+
+ANSWERS, MAX_TOKENS = 8, 64
 SETTINGS = Vllm(max_model_len=128, max_num_seqs=256)
 
 
@@ -62,10 +64,10 @@ def raw_vllm(model: str) -> Any:
     )
 
 
-def throughput(model: str, rounds: int, folder: Path, bar: Bar) -> dict[str, Any]:
+def throughput(model: str, prompts_drawn: int, rounds: int, folder: Path, bar: Bar) -> dict[str, Any]:
     """Tokens per second of raw vLLM and of pre-sampling, in turns."""
     task = tasks.load("countdown", {})
-    rows, verifier = task.rows("train")[:PROMPTS], rewards.load(*task.verifier)
+    rows, verifier = task.rows("train")[:prompts_drawn], rewards.load(*task.verifier)
     ours = VLLMColocateEngine.load(model, settings=SETTINGS)
     theirs = raw_vllm(model)
     from vllm import SamplingParams
@@ -154,7 +156,7 @@ def main() -> None:
     quiet_libraries()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch, Bar("engines", len(MODELS) * (options.rounds + 1), "rounds") as bar:
-        for label, settings in MODELS.items():
+        for label, (settings, prompts) in MODELS.items():
             folder = Path(scratch) / label.replace(" ", "-")
             task = tasks.load("countdown", {})
             tokenizer = character_tokenizer(task.alphabet or "", task.chat_template or "")
@@ -162,11 +164,12 @@ def main() -> None:
             tokenizer.save_pretrained(folder / "model")
             model = str(folder / "model")
             results[label] = {"engines": engines(model, options.rounds)}
-            results[label] |= throughput(model, options.rounds, folder, bar)
+            results[label] |= throughput(model, prompts, options.rounds, folder, bar)
     result = {
         "benchmark": "engines",
         "rounds": options.rounds,
-        "workload": f"{PROMPTS} prompts, {ANSWERS} answers each of at most {MAX_TOKENS} tokens, float32",
+        "workload": f"{ANSWERS} answers to each prompt, of at most {MAX_TOKENS} tokens, float32",
+        "prompts": {label: prompts for label, (_, prompts) in MODELS.items()},
         "threads": torch.get_num_threads(),
         "machine": machine(1),
         "versions": versions(),
