@@ -11,7 +11,12 @@ class UserError(ValueError):
 
     The message is one sentence: what was found, what was wanted, what to do. The command line prints it without a
     traceback and exits with code 2.
+
+    Attributes:
+        told: another process of the same run says so, so that this one need not.
     """
+
+    told = False
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -60,12 +60,12 @@ def test_a_run_on_colocated_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_server_that_dies_costs_nothing(tmp_path: Path) -> None:
-    """One sentence with address, call and version; a checkpoint of the last step; and `--resume` ends the run."""
+    """Two processes on it: one sentence with address, call and version, a checkpoint, and `--resume` ends the run."""
     long = json.loads(json.dumps(SMALL["method"]))
-    long["args"] |= {"max_steps": 2000, "save_steps": 1000, "logging_steps": 1}
+    long["args"] |= {"max_steps": 2000, "save_steps": 1000, "logging_steps": 1, "per_device_train_batch_size": 4}
     path, out = write(tmp_path, {"baselines": [], "method": long}), tmp_path / "out"
     command = [sys.executable, "-m", "posttrain", "run", str(path), *HEADS]
-    command += ["--set", "rollout.engine=vllm_server", "--output-dir", str(out)]
+    command += ["--set", "rollout.engine=vllm_server", "--set", "launch.processes=2", "--output-dir", str(out)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         said = ""
         assert process.stderr is not None
@@ -87,7 +87,8 @@ def test_a_server_that_dies_costs_nothing(tmp_path: Path) -> None:
         process.wait(timeout=60)
     assert process.returncode == 2, said[-3000:]
     assert time.monotonic() - started < 60
-    error = next(line for line in said.splitlines() if line.startswith("error:"))
+    (error,) = (line for line in said.splitlines() if line.startswith("error:"))
+    assert "Traceback" not in said, said
     assert "http://127.0.0.1:" in error and "policy version" in error, error
     assert "is saved. Continue with --resume." in error, error
     psutil.wait_procs(group, timeout=10)

@@ -90,7 +90,7 @@ def test_one_process_needs_no_launcher() -> None:
 
 def test_several_processes_are_ddp_by_default() -> None:
     command = spawn.accelerate_command(recipe("processes=2"), Path("out"), True, [RECIPE, "--set", "seed=1"])
-    assert command[1:3] == ["-m", "accelerate.commands.launch"]
+    assert command[1:3] == ["-m", "posttrain.launch.launcher"]
     assert command[3:] == [
         *["--config_file", str(SHIPPED / "ddp.yaml"), "--num_processes", "2", "--num_machines", "1"],
         *["--mixed_precision", "no", "--main_process_port", "0"],

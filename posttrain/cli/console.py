@@ -29,7 +29,8 @@ def reported(interrupted: str = "interrupted") -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {error}", err=True)
+        if not error.told:
+            typer.echo(f"{typer.style('error:', fg='red', bold=True)} {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.echo(f"\n{interrupted}", err=True)

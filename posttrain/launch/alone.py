@@ -6,6 +6,7 @@ import sys
 
 from posttrain import recipe as recipes
 from posttrain import tasks
+from posttrain.launch.pipeline import quiet_libraries
 from posttrain.launch.warm_start import warm_start
 from posttrain.recipe import WarmStart
 
@@ -15,6 +16,7 @@ def main() -> None:
     stage, text = sys.argv[1:]
     if stage != "warm-start":
         raise SystemExit(f"unknown stage {stage}")
+    quiet_libraries()
     recipe = recipes.validate(recipes.parse_value(text), "recipe")
     settings = recipe.model.warm_start or WarmStart()
     warm_start(settings, tasks.load(recipe.task.name, recipe.task.options), dtype=recipe.model.dtype)

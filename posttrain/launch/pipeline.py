@@ -374,8 +374,9 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except EngineError as error:
-        saved = CompleteCheckpoints.save(trainer)
-        raise EngineError(f"{error} {saved} Continue with --resume.") from error
+        failure = EngineError(f"{error} {CompleteCheckpoints.save(trainer)} Continue with --resume.")
+        failure.told = error.told
+        raise failure from error
     if stop.interrupted:
         raise KeyboardInterrupt
     trainer.save_model(str(finished))

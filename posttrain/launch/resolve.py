@@ -130,6 +130,7 @@ def resolve(recipe: Recipe) -> Resolved:
         "save_total_limit": 1,
         "gradient_checkpointing": on_gpu,
         "dataloader_pin_memory": on_gpu,
+        "ddp_find_unused_parameters": False,  # every parameter of a dense model is in the loss: do not search
         **given,
         "gradient_accumulation_steps": batch.accumulation,
         "seed": recipe.seed,

@@ -236,7 +236,7 @@ def accelerate_command(recipe: Recipe, output_dir: Path, resume: bool, recipe_ar
             f"ACCELERATE_USE_CPU is set in the environment, for which accelerate drops {chosen.kind} without saying "
             "so: unset it, a machine without GPUs needs no setting."
         )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(chosen.file)]
+    command = [sys.executable, "-m", "posttrain.launch.launcher", "--config_file", str(chosen.file)]
     command += ["--num_processes", str(launch.processes), "--num_machines", str(launch.machines)]
     # model.dtype decides; said here, because accelerate refuses the file's own beside a DeepSpeed configuration file.
     command += ["--mixed_precision", "no"]

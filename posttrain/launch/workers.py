@@ -53,5 +53,7 @@ class Workers:
                 made = [None, str(error)]
         broadcast_object_list(made, from_process=0)
         if made[1] is not None:
-            raise UserError(made[1])
+            failure = UserError(made[1])
+            failure.told = not self.first
+            raise failure
         return made[0]

@@ -338,7 +338,7 @@ class VLLMServerEngine:
             self._lost(f"it held {described}")
             raise EngineError(
                 f"The vLLM server at {self.url} cannot {call}: it holds {described}, and wanted were {wanted} (last "
-                f"policy version {last}); give every run its own server, and continue this one with --resume."
+                f"policy version {last}); give every run its own server."
             )
 
     def token(self) -> str:
@@ -394,7 +394,7 @@ class VLLMServerEngine:
         )
         return EngineError(
             f"The vLLM server at {self.url} {reason} ({call}, after {waited:.1f} s, last policy version {self._last}): "
-            f"{dead or advice}; a run continues from its last checkpoint with --resume."
+            f"{dead or advice}."
         )
 
     def _each(self, work: Callable[[Item, Batch], Result], items: Sequence[Item], at_a_time: int) -> list[Result]:

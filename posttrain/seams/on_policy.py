@@ -141,7 +141,8 @@ class OnPolicyTrainer(GRPOTrainer):
                 f"The model's router loss (router_aux_loss_coef = {self.router_aux_loss_coef}) is not part of this "
                 "objective: set router_aux_loss_coef = 0."
             )
-        self.add_callback(RequireSharding())
+        if not any(isinstance(callback, RequireSharding) for callback in self.callback_handler.callbacks):
+            self.add_callback(RequireSharding())
         self._extra_keys: tuple[str, ...] = ()
         self._window: tuple[int, int] = (-1, -1)
         if wants_engine:

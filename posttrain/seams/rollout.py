@@ -153,7 +153,9 @@ class Rollouts:
             theirs = {r: text for r, text in gather_object([(rank, mine)]) if text}
             if error is None and theirs:
                 first, text = next(iter(theirs.items()))
-                raise EngineError(f"The engine of process {first} could not {call} ({text}).")
+                failure = EngineError(f"The engine of process {first} could not {call} ({text}).")
+                failure.told = True
+                raise failure
         if error is not None:
             raise error
 

@@ -21,6 +21,14 @@ from transformers import TrainerCallback
 from posttrain.errors import UserError
 
 
+def _on_cpu(storage: Any, location: str) -> Any:
+    return storage if location.startswith("cpu:") else None
+
+
+# Several processes without GPUs compute on "cpu:0", where torch cannot load the optimiser of a checkpoint to.
+torch.serialization.register_package(100, lambda storage: None, _on_cpu)
+
+
 def requested(args: Any = None) -> str | None:
     """What a launcher's environment, or else the trainer's arguments, ask for.
 
