@@ -272,6 +272,17 @@ def test_neighbours_in_a_batch_do_not_matter(engine: TransformersEngine) -> None
         assert one.logprobs == pytest.approx(three.logprobs, abs=1e-5)
 
 
+def test_a_prompt_of_nothing_is_refused(engine: TransformersEngine) -> None:
+    with pytest.raises(UserError, match="neither messages nor tokens"):
+        engine.sample([[]], SamplingParams(max_tokens=4))
+
+
+def test_token_ids_are_a_prompt_as_they_are(engine: TransformersEngine) -> None:
+    ids = encode(engine.tokenizer, PROMPTS[0])
+    params = SamplingParams(max_tokens=6, n=3, seed=5)
+    assert engine.sample([ids], params) == engine.sample(PROMPTS[:1], params)
+
+
 def test_nothing_to_score_is_no_error(engine: TransformersEngine) -> None:
     assert engine.score([]) == []
     assert engine.sample([], SamplingParams(max_tokens=4)) == []

@@ -14,6 +14,8 @@ import yaml
 from posttrain import recipe as recipes
 from posttrain.errors import UserError
 from posttrain.launch import spawn
+from posttrain.launch.engines import require_engine
+from posttrain.launch.pipeline import prepare
 from posttrain.launch.resolve import require_devices, resolve, trainer_config
 from posttrain.recipe import CONFIGS, Launch, Recipe
 
@@ -257,3 +259,21 @@ def test_the_cpu_is_taken_where_there_is_no_gpu(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     assert not resolve(recipe()).trainer_args["use_cpu"]  # which would turn FSDP off
+
+
+# ------------------------------------------------------------------ the engine
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU vLLM runs heads of any size")
+@pytest.mark.parametrize("engine", ["vllm_colocate", "vllm_server"])
+def test_heads_that_vllm_cannot_run_are_refused_before_a_model_is_made(engine: str) -> None:
+    with pytest.raises(UserError, match=r"model that is made here have size 16, .*set model.warm_start.heads"):
+        prepare(recipes.load(RECIPE, [f"rollout.engine={engine}"]))
+    prepare(recipes.load(RECIPE, [f"rollout.engine={engine}", "model.warm_start.heads=2"]))
+    prepare(recipes.load(RECIPE, ["rollout.engine=vllm_server", "rollout.server.url=http://gpu-node:8000"]))
+
+
+def test_vllm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"vLLM is not installed: pip install 'posttrain\[vllm"):
+        require_engine(recipes.load(RECIPE, ["rollout.engine=vllm_colocate", "model.warm_start.heads=2"]))

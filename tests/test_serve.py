@@ -67,7 +67,7 @@ def test_bad_input_is_one_sentence(folder: str, tiny_model: str, tmp_path: Path)
             ([folder, "--port", port], f"cannot listen on port {port} of 127.0.0.1 .*in use.*choose another port"),
             ([folder, "--port", "0"], "Invalid value for '--port'"),
             ([folder, "--dtype", "int8"], "Invalid value for '--dtype'"),
-            ([folder, "--lora-rank", "513"], "rank 1 to 512, found 513"),
+            ([folder, "--lora-rank", "513"], "up to rank 512, not 513"),
         ):
             code, output = invoke(*arguments)
             assert code == 2 and re.search(message, output.replace("\n", " ")), output

@@ -23,6 +23,10 @@ def command(recipe: RecipeArgument, assignments: SetOption = None) -> None:
     from posttrain.launch.resolve import resolve, with_baselines
 
     resolved = [resolve(each) for each in with_baselines(loaded).values()][-1]
+    if loaded.model.path is None:
+        from posttrain.launch.engines import require_engine
+
+        require_engine(loaded)
     print_yaml(resolved.recipe.to_yaml())
     typer.echo(f"# {resolved.method_class_name}: {batch_identity(resolved.batch)}")
 

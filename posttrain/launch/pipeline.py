@@ -25,7 +25,7 @@ from rich.console import Console
 from posttrain import atomic, rewards, tasks
 from posttrain import recipe as recipes
 from posttrain.errors import UserError
-from posttrain.launch.engines import Engines
+from posttrain.launch.engines import Engines, require_engine
 from posttrain.launch.provenance import provenance
 from posttrain.launch.resolve import Resolved, launched, resolve, trainer_config, with_baselines
 from posttrain.launch.spawn import configuration
@@ -66,6 +66,7 @@ def prepare(recipe: Recipe) -> Job:
     """
     runs = {label: resolve(other) for label, other in with_baselines(recipe).items()}
     _require_readable(recipe.model)
+    require_engine(recipe)
     task = tasks.load(recipe.task.name, recipe.task.options)
     verifier = rewards.load(*task.verifier)
     train_rows, eval_rows = task.rows("train"), task.rows("eval")

@@ -26,7 +26,7 @@ import torch
 from posttrain.errors import UserError
 from posttrain.recipe import Lora, Vllm
 from posttrain.rollouts.engine import EngineError
-from posttrain.rollouts.vllm_common import check_model, prepare_environment
+from posttrain.rollouts.vllm_common import check_model, prepare_environment, rank_limit
 from posttrain.rollouts.vllm_worker import EXTENSION
 
 _STOP_SECONDS = 20.0
@@ -276,17 +276,8 @@ def _arguments(
         share = 0.9 if settings.gpu_memory_utilization is None else settings.gpu_memory_utilization
         arguments += ["--gpu-memory-utilization", str(share), "--weight-transfer-config", '{"backend": "nccl"}']
     if lora is not None:
-        arguments += ["--enable-lora", "--max-lora-rank", str(_served_rank(lora.r))]
+        arguments += ["--enable-lora", "--max-lora-rank", str(rank_limit(lora.r))]
     return arguments
-
-
-def _served_rank(rank: int) -> int:
-    """The smallest limit that vLLM offers for adapters of a rank."""
-    offered = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-    fitting = [limit for limit in offered if limit >= rank]
-    if rank < 1 or not fitting:
-        raise UserError(f"vLLM serves LoRA adapters of rank 1 to {offered[-1]}, found {rank}: choose another rank.")
-    return fitting[0]
 
 
 def _check(model: str, revision: str | None, *, on_cpu: bool) -> None:

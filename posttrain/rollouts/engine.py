@@ -131,7 +131,7 @@ class Engine(Protocol):
         """
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over new weights; samples made afterwards carry `version`.
+        """Take over new weights; samples made afterwards carry `version`. An engine that sleeps is woken first.
 
         Args:
             named_parameters: every parameter under its checkpoint name, whole and without adapters, in the order of

@@ -23,11 +23,17 @@ def chat_ids(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt | TokenIds) -> list[int]:
-    """Token ids of a prompt: rendered by the chat template when it is a list of messages, as they are when given."""
+    """Token ids of a prompt: rendered by the chat template when it is a list of messages, as they are when given.
+
+    Raises:
+        UserError: it is an empty list.
+    """
     if isinstance(prompt, str):
         ids: list[int] = tokenizer(prompt)["input_ids"]
         return ids
-    if len(prompt) and isinstance(prompt[0], int):
+    if not len(prompt):
+        raise UserError("A prompt holds neither messages nor tokens: an answer has to follow something.")
+    if isinstance(prompt[0], int):
         return list(prompt)  # type: ignore[arg-type]
     return chat_ids(tokenizer, prompt, add_generation_prompt=True)  # type: ignore[arg-type]
 

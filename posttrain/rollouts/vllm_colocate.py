@@ -36,12 +36,14 @@ from posttrain.rollouts.vllm_common import (
     local_folder,
     make_sample,
     prepare_environment,
+    rank_limit,
     sampling_arguments,
     saved_fingerprint,
+    shapes_to_come,
     without_tied,
 )
 from posttrain.rollouts.vllm_worker import EXTENSION
-from posttrain.rollouts.weights import checked, saved_shapes, saved_weights
+from posttrain.rollouts.weights import checked, saved_weights
 
 _GPU_SHARE = 0.3
 """Share of a GPU's memory beside a trainer."""
@@ -49,9 +51,6 @@ _GPU_SHARE = 0.3
 _BATCHED_TOKENS = 2048
 """Tokens that go through the model at a time. Scoring holds their logits, in float32 and some more than once, which
 vLLM does not count when it measures how much memory is left for its cache."""
-
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values of vLLM's `max_lora_rank`; a rank below one of them costs the memory of that one."""
 
 
 class VLLMColocateEngine:
@@ -133,12 +132,7 @@ class VLLMColocateEngine:
             "worker_extension_cls": EXTENSION,
         }
         if lora is not None:
-            rank = next((rank for rank in _LORA_RANKS if rank >= lora.r), None)
-            if rank is None:
-                raise UserError(
-                    f"vLLM takes adapters up to rank {_LORA_RANKS[-1]}, not {lora.r}: set lora_sync: merge."
-                )
-            arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
+            arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank_limit(lora.r)}
         self._llm: Any = _start(arguments, on_cpu=on_cpu)
         self._longest_scored: int = self._llm.llm_engine.model_config.max_model_len - 1
         self.max_model_len: int = settings.max_model_len or self._longest_scored + 1
@@ -148,7 +142,7 @@ class VLLMColocateEngine:
         if on_cpu:
             _without_compilation(self._runner())
         folder = local_folder(base, revision)
-        self._shapes = dict(without_tied_shapes(folder, self._config))
+        self._shapes = shapes_to_come(folder, self._config)
         if base == path:
             self._trust_files(folder, files_fingerprint(path))
         else:
@@ -456,13 +450,6 @@ class VLLMColocateEngine:
             yield
         finally:
             del model.compute_logits
-
-
-def without_tied_shapes(folder: str, config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the weights in a folder, without the heads that share the embedding."""
-    shapes = saved_shapes(folder)
-    meta = ((name, torch.empty(0, device="meta")) for name in shapes)
-    return ((name, shapes[name]) for name, _ in without_tied(meta, config))
 
 
 def _as_json(value: Any) -> Any:

@@ -15,10 +15,13 @@ from posttrain.errors import UserError
 from posttrain.rollouts.engine import Sample, SamplingParams, TokenIds
 from posttrain.rollouts.fingerprint import WeightsDigest, tokenizer_fingerprint
 from posttrain.rollouts.tokens import end_ids
-from posttrain.rollouts.weights import saved_weights
+from posttrain.rollouts.weights import saved_shapes, saved_weights
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Attention head sizes that vLLM can run on a CPU, as its CPU attention backend lists them."""
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's `max_lora_rank`."""
 
 
 def prepare_environment(*, on_cpu: bool) -> None:
@@ -44,14 +47,22 @@ def check_model(path: str, *, on_cpu: bool, revision: str | None = None) -> Any:
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     if on_cpu and heads and not hasattr(text, "kv_lora_rank"):  # latent attention has kernels of its own
-        size = getattr(text, "head_dim", None) or text.hidden_size // heads
-        if size not in CPU_HEAD_SIZES:
-            raise UserError(
-                f"The attention heads of {path} have size {size}, but on a CPU vLLM runs only the sizes "
-                f"{', '.join(map(str, CPU_HEAD_SIZES))}: use another model (set model.warm_start.heads so that "
-                "hidden_size / heads is one of them for a model made here), or set rollout.engine: transformers."
-            )
+        check_head_size(getattr(text, "head_dim", None) or text.hidden_size // heads, path)
     return config
+
+
+def check_head_size(size: int, model: str) -> None:
+    """Refuse attention heads that vLLM has no kernel for on a CPU.
+
+    Raises:
+        UserError: it has none for this size.
+    """
+    if size not in CPU_HEAD_SIZES:
+        raise UserError(
+            f"The attention heads of {model} have size {size}, but on a CPU vLLM runs only the sizes "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))}: use another model (set model.warm_start.heads so that "
+            "hidden_size / heads is one of them for a model made here), or set rollout.engine: transformers."
+        )
 
 
 def tied_heads(config: Any) -> tuple[str, ...]:
@@ -63,7 +74,28 @@ def tied_heads(config: Any) -> tuple[str, ...]:
 def without_tied(named: Iterator[tuple[str, Tensor]], config: Any) -> Iterator[tuple[str, Tensor]]:
     """`named` without the heads that share the embedding: whoever holds the embedding holds them."""
     tied = tied_heads(config)
-    return ((name, tensor) for name, tensor in named if not name.endswith(tied or ("\0",)))
+    return ((name, tensor) for name, tensor in named if not name.endswith(tied))
+
+
+def shapes_to_come(folder: str, config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that a sync must bring; empty when the folder does not tell."""
+    tied = tied_heads(config)
+    return {name: shape for name, shape in saved_shapes(folder).items() if not name.endswith(tied)}
+
+
+def rank_limit(rank: int) -> int:
+    """The smallest of vLLM's limits that takes LoRA adapters of a rank; it costs the memory of that one.
+
+    Raises:
+        UserError: there is none.
+    """
+    fitting = [limit for limit in LORA_RANKS if limit >= rank]
+    if not fitting:
+        raise UserError(
+            f"vLLM takes LoRA adapters up to rank {LORA_RANKS[-1]}, not {rank}: lower the rank (model.lora.r), or set "
+            "rollout.lora_sync: merge."
+        )
+    return fitting[0]
 
 
 def answer_ends(path: str, tokenizer: PreTrainedTokenizerBase, config: Any, revision: str | None = None) -> list[int]:

@@ -46,11 +46,11 @@ from posttrain.rollouts.vllm_common import (
     make_sample,
     sampling_arguments,
     saved_fingerprint,
-    tied_heads,
+    shapes_to_come,
     without_tied,
 )
 from posttrain.rollouts.vllm_worker import UNKNOWN
-from posttrain.rollouts.weights import checked, saved_shapes, saved_weights
+from posttrain.rollouts.weights import checked, saved_weights
 
 _SHARD_BYTES = 2**30
 """Weights that are held on their way to a server, and the size of a file of them."""
@@ -540,13 +540,11 @@ class VLLMServerEngine:
         self._lost("a sync failed half-way")
         self._count += 1
         weights = f"{self._id}/{version}.{self._count}"
-        tied = tied_heads(self._config)
-        shapes = {name: shape for name, shape in self._shapes.items() if name not in tied}
-        named = checked(without_tied(iter(named_parameters), self._config), shapes, self.dtype)
+        named = checked(without_tied(iter(named_parameters), self._config), self._shapes, self.dtype)
         if self._transfer() == "nccl":
             self._send(named, weights)
         else:
-            self._write_and_load(named, shapes, weights)
+            self._write_and_load(named, weights)
         if self._served() != weights:
             raise EngineError(f"The vLLM server at {self.url} did not take over the weights {weights}: sync again.")
         self._drop_adapter()
@@ -561,17 +559,15 @@ class VLLMServerEngine:
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return saved_shapes(local_folder(self.path, self.revision))
+        return shapes_to_come(local_folder(self.path, self.revision), self._config)
 
     def _transfer(self) -> str:
         if self.settings.transfer != "auto":
             return self.settings.transfer
         return "nccl" if torch.cuda.is_available() and self._takes_nccl else "folder"
 
-    def _write_and_load(
-        self, named: Iterator[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]], weights: str
-    ) -> None:
-        sizes = sum(torch.Size(shape).numel() for shape in shapes.values()) * self.dtype.itemsize
+    def _write_and_load(self, named: Iterator[tuple[str, Tensor]], weights: str) -> None:
+        sizes = sum(torch.Size(shape).numel() for shape in self._shapes.values()) * self.dtype.itemsize
         with self._scratch(sizes) as folder:
             for index, shard in enumerate(_shards(named)):
                 save_file(shard, folder / f"model-{index:05d}.safetensors")
