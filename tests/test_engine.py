@@ -326,7 +326,7 @@ def test_long_sequences_are_scored_piece_by_piece(
     monkeypatch.setattr("posttrain.rollouts.transformers_engine._SCORE_BYTES", positions * 4 * 19)
     monkeypatch.setattr(engine.model, "forward", watched)
     pieces = engine.score(sequences, top_k=2)
-    assert max(seen) <= positions < 60
+    assert max(seen) <= positions + 3 < 60, "one more per sequence in the last piece"
     for one, other in zip(whole, pieces, strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
         assert one.top_ids == other.top_ids

@@ -209,16 +209,18 @@ class TransformersEngine:
             end = min(begin + step, last)
             keep = end - max(begin, depth - 1)
             output = self.model(
-                input_ids=ids[:, begin:end],
-                attention_mask=mask[:, :end],
+                # The last token comes along, so that one piece is one forward of whole sequences, bit for bit.
+                input_ids=ids[:, begin : end if end < last else end + 1],
+                attention_mask=mask[:, : end if end < last else end + 1],
                 past_key_values=cache,
                 use_cache=end < last,
-                logits_to_keep=max(1, keep),
+                logits_to_keep=max(1, keep) if end < last else keep + 1,
             )
             cache = output.past_key_values
             if keep <= 0:
                 continue
-            logp = torch.log_softmax(output.logits.float() / temperature, dim=-1)
+            logits = output.logits if end < last else output.logits[:, :-1]
+            logp = torch.log_softmax(logits.float() / temperature, dim=-1)
             logps.append(logp.gather(2, ids[:, end - keep + 1 : end + 1, None])[:, :, 0])
             if top_k:
                 values, indices = logp.topk(min(top_k, logp.size(-1)), dim=-1)
