@@ -6,8 +6,6 @@ Two processes each. The answers are given, so that nothing but the engine and th
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,10 @@ from posttrain.launch.warm_start import character_tokenizer, small_model
 from posttrain.recipe import Vllm, WarmStart
 from posttrain.tasks import load
 from tests.oracle import make_store
+from tests.processes import ROOT, finish
 from tests.test_sharding import launcher as command_of
 from tests.test_sharding import partitioning
 
-ROOT = Path(__file__).parent.parent
 LAUNCHERS = ("ddp", "zero2", "zero3")
 
 
@@ -63,17 +61,7 @@ def results(prepared: Path) -> Iterator[dict[str, dict[str, Any]]]:
             # As shipped, ZeRO-3 leaves parameters as small as all of these are whole.
             file = partitioning(prepared) if launcher == "zero3" else ROOT / f"recipes/accelerate/{launcher}.yaml"
             command = [*command_of(file), "-m", "tests.across_engines"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONHASHSEED": "0"}
-            done = subprocess.run(
-                [*command, str(prepared), server.url],
-                cwd=ROOT,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=400,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr[-4000:]
+            finish([*command, str(prepared), server.url], timeout=400, DS_ACCELERATOR="cpu", PYTHONHASHSEED="0")
             found[launcher] = json.loads((prepared / "results.json").read_text())
     yield found
 

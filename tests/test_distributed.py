@@ -17,9 +17,8 @@ import pytest
 import torch
 
 from tests.oracle import make_store
+from tests.processes import ROOT, finish
 from tests.test_pipeline import write
-
-ROOT = Path(__file__).parent.parent
 
 
 def launch(processes: int, arguments: list[str], **environment: str) -> None:
@@ -27,16 +26,7 @@ def launch(processes: int, arguments: list[str], **environment: str) -> None:
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     if processes > 1:
         command.append("--multi_gpu")  # torchrun, with gloo where there is no GPU
-    done = subprocess.run(
-        [*command, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish([*command, *arguments], **environment)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,9 @@ from posttrain.rollouts.weights import loaded_whole
 from posttrain.seams.on_policy import GRPOConfig, OnPolicyTrainer
 from posttrain.seams.sharding import RequireSharding, requested
 from tests.oracle import arguments, batch, dataset, length_reward, make_store
+from tests.processes import finish as run
 from tests.sharded_steps import ACCUMULATION, STEPS, steps
 from tests.test_pipeline import write
-
-ROOT = Path(__file__).parent.parent
 
 
 def partitioning(folder: Path) -> Path:
@@ -53,19 +50,6 @@ def partitioning(folder: Path) -> Path:
 def launcher(config: Path) -> list[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
     return [*command, "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no"]
-
-
-def run(command: list[str], **environment: str) -> None:
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")

