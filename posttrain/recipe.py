@@ -31,6 +31,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class WarmStart(Section):
@@ -123,6 +124,13 @@ class Method(Section):
     """Prompts per optimiser step; when given, `gradient_accumulation_steps` follows from the batch identity."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Fields of the trainer's config class (`posttrain methods show NAME`)."""
+    called: Label | None = None
+    """Name of the run; default the method's."""
+
+    @property
+    def label(self) -> str:
+        """Name of the run."""
+        return self.called or self.name
 
 
 class Baseline(Section):
@@ -131,8 +139,10 @@ class Baseline(Section):
     name: str
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments that differ from `method.args`."""
-    called: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = None
+    called: Label | None = None
     """Name of the run, when one method runs more than once; default its method's."""
+    seed: NonNegativeInt | None = None
+    """Seed of this training run, when it differs from the recipe's."""
 
     @property
     def label(self) -> str:
@@ -166,6 +176,23 @@ class Presample(Section):
                 "could reach it"
             )
         return self
+
+
+class Pairs(Section):
+    """Preference pairs from pre-sampled answers: a better one (chosen) against a worse one (rejected) to one prompt."""
+
+    per_prompt: PositiveInt = 4
+    """At most this many pairs of one prompt (m)."""
+    choose: Literal["random", "length_matched", "short_over_long"] = "random"
+    """Which pairs of a prompt: drawn at random; those of most similar lengths first; or the shortest better answers
+    against the longest worse ones."""
+    margin: PositiveFloat = 1.0
+    """Smallest difference of rewards, chosen − rejected; 1 is correct against wrong."""
+    max_length_ratio: Annotated[float, Field(ge=1)] | None = None
+    """Length control: the longer answer of a pair has at most this many times the tokens of the shorter one."""
+    truncated: Literal["drop", "keep"] = "drop"
+    """Answers that were cut off have no end to learn: leave them out, or keep them."""
+    seed: NonNegativeInt = 0
 
 
 class Vllm(Section):
@@ -251,8 +278,37 @@ class Rollout(Section):
         return self
 
 
+class Diversity(Section):
+    """How much answers to one prompt differ, at several temperatures. Settings of f-DPO, arXiv 2309.16240."""
+
+    temperatures: list[PositiveFloat] = Field(default_factory=lambda: [0.6, 1.0, 1.4], min_length=1)
+    n: Annotated[int, Field(ge=2)] = 25
+    """Answers per prompt."""
+    top_p: Probability = 0.95
+    prompts: PositiveInt | None = None
+    """Held-out prompts, the first ones of the evaluation; default all of them."""
+
+
+class Divergence(Section):
+    """Divergences of every policy from the initial one, over the whole vocabulary, on prefixes it wrote itself."""
+
+    names: list[str] = Field(default_factory=lambda: ["reverse_kl", "forward_kl", "js"], min_length=1)
+    """Names of `posttrain.objectives.divergences`."""
+    answers: PositiveInt = 4
+    """Answers per held-out prompt whose prefixes are taken, the first ones of the evaluation."""
+
+
+class Calibration(Section):
+    """Expected calibration error of the implicit preferences, on held-out pairs."""
+
+    bins: PositiveInt = 10
+    """Equal-width bins of confidence."""
+    pairs_per_prompt: PositiveInt = 1
+    """Held-out pairs of one prompt, built from the initial policy's answers where the task brings none."""
+
+
 class Evaluation(Section):
-    """pass@k of the initial policy and of every trained one, on the same held-out prompts."""
+    """pass@k of the initial policy and of every trained one, on the same held-out prompts, and what else is asked."""
 
     prompts: PositiveInt | None = None
     """Held-out prompts; default all of them."""
@@ -265,6 +321,12 @@ class Evaluation(Section):
     """Bootstrap resamples behind every interval."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     seed: NonNegativeInt = 1234
+    diversity: Diversity | None = None
+    """Default: not measured."""
+    divergence: Divergence | None = None
+    """Default: not measured."""
+    calibration: Calibration | None = None
+    """Default: not measured."""
 
     @model_validator(mode="after")
     def _k_at_most_n(self) -> Evaluation:
@@ -332,6 +394,7 @@ class Recipe(Section):
     """Default: the verifier of the task, weight 1."""
     method: Method
     presample: Presample = Field(default_factory=Presample)
+    pairs: Pairs = Field(default_factory=Pairs)
     rollout: Rollout = Field(default_factory=Rollout)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     launch: Launch = Field(default_factory=Launch)
@@ -340,7 +403,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Recipe:
-        labels = ["base", self.method.name, *(baseline.label for baseline in self.baselines)]
+        labels = ["base", self.method.label, *(baseline.label for baseline in self.baselines)]
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is not None:
             raise ValueError(f"two runs are called '{twice}': give the baseline another name (called)")

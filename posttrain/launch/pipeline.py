@@ -80,7 +80,7 @@ def prepare(recipe: Recipe) -> Job:
     for reward in reward_functions(recipe, task):
         if isinstance(reward, rewards.RewardFunction):
             _require_columns(reward.verifier, train_rows[0], task.name)
-    return Job(runs[recipe.method.name], task, verifier, train_rows, eval_rows, runs)
+    return Job(runs[recipe.method.label], task, verifier, train_rows, eval_rows, runs)
 
 
 def _require_readable(model: Model) -> None:

@@ -107,8 +107,9 @@ def with_baselines(recipe: Recipe) -> dict[str, Recipe]:
         known = {field.name for field in dataclasses.fields(registry.load("method", baseline.name).Config)}
         shared = {name: value for name, value in recipe.method.args.items() if name in known}
         method = recipe.method.model_copy(update={"name": baseline.name, "args": {**shared, **baseline.args}})
-        found[baseline.label] = recipe.model_copy(update={"method": method, "baselines": []})
-    return {**found, recipe.method.name: recipe}
+        seed = recipe.seed if baseline.seed is None else baseline.seed
+        found[baseline.label] = recipe.model_copy(update={"method": method, "seed": seed, "baselines": []})
+    return {**found, recipe.method.label: recipe}
 
 
 def resolve(recipe: Recipe) -> Resolved:
