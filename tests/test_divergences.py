@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,10 @@ from posttrain.objectives.divergences import (
     FORMS,
     MAX_LOG_RATIO_CLAMP,
     NAMES,
+    TABLE,
+    Divergence,
+    document,
+    entry,
     js_policy_half,
     js_reference_half,
     token_divergence,
@@ -50,6 +56,7 @@ def definition(name: str, alpha: float | None, p: Tensor, q: Tensor) -> Tensor:
         "chi2": lambda: ((p - q) ** 2 / q).sum(-1),
         "hellinger": lambda: ((p.sqrt() - q.sqrt()) ** 2).sum(-1) / 2,
         "jeffreys": lambda: kl(p, q) + kl(q, p),
+        "chi2_kl": lambda: ((p - q) ** 2 / q).sum(-1) / 2 + kl(p, q),
     }
     return definitions[name]()
 
@@ -65,6 +72,7 @@ def slope(name: str, alpha: float | None, u: Tensor) -> Tensor:
         "chi2": lambda: 2 * u * (u - 1),
         "hellinger": lambda: (u - u.sqrt()) / 2,
         "jeffreys": lambda: u - 1 + u * u.log(),
+        "chi2_kl": lambda: u * (u - 1 + u.log()),
     }
     return slopes[name]()
 
@@ -206,6 +214,7 @@ def test_half_precision_is_computed_in_float32(given: torch.dtype, returned: tor
     ("name", "alpha", "clamp", "message"),
     [
         ("jsd", None, CLAMP, "unknown divergence 'jsd'; known: forward_kl"),
+        ("total_variation", None, CLAMP, "'total_variation' is no objective: f' takes two values"),
         ("alpha", None, CLAMP, "needs alpha"),
         ("js", 0.5, CLAMP, "alpha = 0.5 has no effect on the divergence 'js'"),
         ("alpha", 0.0, CLAMP, "'reverse_kl'"),
@@ -222,6 +231,119 @@ def test_half_precision_is_computed_in_float32(given: torch.dtype, returned: tor
 def test_what_makes_no_sense_is_refused(name: str, alpha: float | None, clamp: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         token_divergence(name, torch.zeros(2), alpha=alpha, log_ratio_clamp=clamp)
+
+
+# ---------------------------------------------------------------- the table: texts, terms of a vocabulary, page
+
+log = torch.log
+GENERATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "u − log u − 1": lambda u: u - log(u) - 1,
+    "u log u − u + 1": lambda u: u * log(u) - u + 1,
+    "½ [u log u − (u + 1) log((u + 1)/2)]": lambda u: 0.5 * (u * log(u) - (u + 1) * log((u + 1) / 2)),
+    "(u − 1)²": lambda u: (u - 1) ** 2,
+    "½ (√u − 1)²": lambda u: 0.5 * (u.sqrt() - 1) ** 2,
+    "(u − 1) log u": lambda u: (u - 1) * log(u),
+    "½ (u − 1)² + u log u − u + 1": lambda u: 0.5 * (u - 1) ** 2 + u * log(u) - u + 1,
+    "½ |u − 1|": lambda u: 0.5 * (u - 1).abs(),
+    "(u^{1−α} − (1 − α) u − α)/(α(α − 1))": lambda u: (u**0.7 - 0.7 * u - 0.3) / (0.3 * -0.7),
+}
+"""Every generator as the table prints it, read by hand; α = 0.3."""
+
+DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "1 − 1/u": lambda u: 1 - 1 / u,
+    "log u": log,
+    "½ log(2u/(u + 1))": lambda u: 0.5 * log(2 * u / (u + 1)),
+    "2(u − 1)": lambda u: 2 * (u - 1),
+    "½ (1 − 1/√u)": lambda u: 0.5 * (1 - 1 / u.sqrt()),
+    "log u + 1 − 1/u": lambda u: log(u) + 1 - 1 / u,
+    "u − 1 + log u": lambda u: u - 1 + log(u),
+    "½ sign(u − 1)": lambda u: 0.5 * (u - 1).sign(),
+    "(1 − u^{−α})/α": lambda u: (1 - u**-0.3) / 0.3,
+}
+
+TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
+    "e^d − 1 − d": lambda d: d.exp() - 1 - d,
+    "d e^d − e^d + 1": lambda d: d * d.exp() - d.exp() + 1,
+    "½ [u log(2u/(u + 1)) + log(2/(u + 1))]": lambda d: (
+        0.5 * (d.exp() * log(2 * d.exp() / (d.exp() + 1)) + log(2 / (d.exp() + 1)))
+    ),
+    "(e^d − 1)²": lambda d: (d.exp() - 1) ** 2,
+    "½ (e^{d/2} − 1)²": lambda d: 0.5 * ((d / 2).exp() - 1) ** 2,
+    "d (e^d − 1)": lambda d: d * (d.exp() - 1),
+    "½ (e^d − 1)² + d e^d − e^d + 1": lambda d: 0.5 * (d.exp() - 1) ** 2 + d * d.exp() - d.exp() + 1,
+    "(e^{(1−α)d} − 1 − (1 − α)(e^d − 1))/(α(α − 1))": lambda d: (
+        ((0.7 * d).exp() - 1 - 0.7 * (d.exp() - 1)) / (0.3 * -0.7)
+    ),
+}
+
+ENTRIES = (*TABLE.values(), entry("alpha", 0.3))
+every_entry = pytest.mark.parametrize("found", ENTRIES, ids=[each.name for each in ENTRIES])
+
+
+@every_entry
+def test_the_printed_generator_is_normalised_and_has_the_printed_slope(found: Divergence) -> None:
+    u = torch.linspace(-6, 6, 60, dtype=torch.float64).exp().requires_grad_()
+    f, derivative = GENERATORS[found.generator], DERIVATIVES[found.derivative]
+    (slope_of_f,) = torch.autograd.grad(f(u).sum(), u)
+    torch.testing.assert_close(slope_of_f, derivative(u), rtol=1e-9, atol=1e-12)
+    one = torch.ones((), dtype=torch.float64)
+    assert abs(f(one).item()) < 1e-15 and derivative(one).item() == 0.0
+
+
+@every_entry
+def test_token_form_and_score_follow_from_the_generator(found: Divergence) -> None:
+    d = torch.linspace(-6, CLAMP, 120, dtype=torch.float64)
+    value, derivative = GENERATORS[found.generator](d.exp()), DERIVATIVES[found.derivative](d.exp())
+    if found.token is not None:
+        torch.testing.assert_close(found.token.value(d), value, rtol=1e-9, atol=1e-13)
+        torch.testing.assert_close(TOKENS[found.token.text](d), value, rtol=1e-9, atol=1e-13)
+    if found.score is not None:
+        torch.testing.assert_close(found.score.value(d), found.score.scale * derivative, rtol=1e-9, atol=1e-13)
+
+
+@every_entry
+def test_terms_are_the_summands_of_value_and_gradient(found: Divergence) -> None:
+    lq = torch.linspace(-30, -0.01, 40, dtype=torch.float64)[:, None]
+    d = torch.cat([torch.linspace(-200, 30, 231), torch.linspace(-1e-3, 1e-3, 20)]).double()
+    lp = (lq + d).clamp(max=0.0)
+    u, p, q = (lp - lq).exp(), lp.exp(), lq.exp()
+    value, pull = found.terms(lp, lq)
+    torch.testing.assert_close(value, q * GENERATORS[found.generator](u), rtol=1e-8, atol=1e-15)
+    torch.testing.assert_close(pull, p * DERIVATIVES[found.derivative](u), rtol=1e-8, atol=1e-15)
+    assert value.min() >= -1e-16
+
+
+@every_entry
+def test_terms_are_exact_in_float32_at_ratios_that_float32_cannot_hold(found: Divergence) -> None:
+    # u = e^±150 and e^±2000 overflow or vanish, their products with p and q need not; float64 follows the same algebra.
+    lp = torch.tensor([-150.0, -0.5, -2000.0, -1e-3, -40.0, -60.0])
+    lq = torch.tensor([-0.5, -150.0, -1e-3, -2000.0, -60.0, -40.0])
+    held = torch.ones(6, dtype=torch.bool) if "chi2" not in found.name else torch.tensor([1, 0, 1, 0, 1, 1]).bool()
+    for ours, wanted in zip(found.terms(lp, lq), found.terms(lp.double(), lq.double()), strict=True):
+        torch.testing.assert_close(ours[held].double(), wanted[held], rtol=1e-5, atol=1e-30)
+        assert (ours[~held] > 3e38).all(), "χ² itself leaves float32 there"
+
+
+def test_extreme_terms_by_hand() -> None:
+    lp, lq = torch.tensor([-2000.0, -1e-3]), torch.tensor([-1e-3, -2000.0])
+    q = math.exp(-1e-3)
+    wanted = {
+        "forward_kl": [q * (2000 - 1e-3) - q, q],  # q (log q − log p) + p − q
+        "reverse_kl": [q, q * (2000 - 1e-3) - q],
+        "js": [0.5 * q * math.log(2)] * 2,
+        "hellinger": [0.5 * q] * 2,
+        "jeffreys": [q * (2000 - 1e-3)] * 2,
+        "total_variation": [0.5 * q] * 2,
+        "alpha": [q / 0.7, q / 0.3],  # a = 0.3: −a q/(a(a − 1)) and −(1 − a) p/(a(a − 1))
+    }
+    for name, values in wanted.items():
+        value, _ = entry(name, 0.3 if name == "alpha" else None).terms(lp, lq)
+        torch.testing.assert_close(value, torch.tensor(values), rtol=1e-6, atol=0)
+
+
+def test_the_page_is_what_the_table_says() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "divergences.md").read_text(encoding="utf-8")
+    assert page == document(), "out of date: python -m posttrain.objectives.divergences > docs/divergences.md"
 
 
 # ---------------------------------------------------------------- JS from its definition, half on either side
