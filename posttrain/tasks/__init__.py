@@ -36,11 +36,13 @@ class BaseTask(ABC):
     """Rows for training and evaluation, and the verifier that judges them."""
 
     name: ClassVar[str]
+    pairs: ClassVar[bool] = False
+    """Whether the rows are preference pairs: `prompt`, `chosen`, `rejected` in TRL's formats."""
 
     @property
     @abstractmethod
-    def verifier(self) -> tuple[str, dict[str, Any]]:
-        """Name and options of the reward that decides whether an answer is correct."""
+    def verifier(self) -> tuple[str, dict[str, Any]] | None:
+        """Name and options of the reward that decides whether an answer is correct; None where nothing does."""
 
     @abstractmethod
     def rows(self, split: Split) -> list[Row]:

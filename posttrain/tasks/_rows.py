@@ -150,7 +150,7 @@ class RowTask(BaseTask):
             if row[field] is None:
                 raise ValueError(f"the field '{field}' is empty")
         prompt = self._prompt(row)
-        key = _digest(prompt) if row.get("key") is None else str(row["key"])
+        key = digest(prompt) if row.get("key") is None else str(row["key"])
         key.encode("utf-8")  # a lone surrogate is a ValueError
         if self.options.system is not None:
             if any(message["role"] == "system" for message in prompt):
@@ -216,7 +216,7 @@ class RowTask(BaseTask):
         return parts
 
 
-def _digest(prompt: list[dict[str, str]]) -> str:
+def digest(prompt: list[dict[str, str]]) -> str:
     """A hash (16 hex digits) of the normalised text of a prompt."""
     text = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
     normalised = " ".join(unicodedata.normalize("NFKC", text).casefold().split())

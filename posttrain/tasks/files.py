@@ -55,11 +55,11 @@ class Task(RowTask):
     def records(self) -> Iterator[tuple[Split | None, str, Record]]:
         """The records of the file for evaluation, if there is one, and then those of the file for training."""
         for split, path in self._paths:
-            for place, record in _read_jsonl(path) if path.suffix == ".jsonl" else _read_parquet(path):
+            for place, record in read_jsonl(path) if path.suffix == ".jsonl" else read_parquet(path):
                 yield split, place, record
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
+def read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:
     """Lines that are not blank, each a JSON object."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -77,7 +77,7 @@ def _parse_line(line: bytes) -> Record:
     return record if isinstance(record, dict) else ValueError(f"a {type(record).__name__}, not a JSON object")
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
+def read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
     import pyarrow
     import pyarrow.parquet
 

@@ -51,19 +51,26 @@ class Task(RowTask):
         if options.eval_split is not None:
             splits = [("eval", options.eval_split), ("train", options.train_split)]
         for split, source in splits:
-            for number, record in enumerate(self._load(source), start=1):
+            for number, record in enumerate(
+                load_split(options.name, options.config, source, options.revision), start=1
+            ):
                 yield split, f"{options.name} [{source}], row {number}", record
 
-    def _load(self, source: str) -> Iterator[Record]:
-        import datasets
 
-        options = self.options
-        try:
-            data = datasets.load_dataset(options.name, options.config, split=source, revision=options.revision)
-        except Exception as error:  # network, hub, file system and parsers each raise their own
-            reason = str(error).strip().partition("\n")[0].rstrip(".")
-            raise UserError(
-                f"The data set '{options.name}' [{source}] cannot be loaded ({type(error).__name__}: {reason}): check "
-                "name, config, split and revision."
-            ) from error
-        yield from data
+def load_split(name: str, config: str | None, split: str, revision: str | None) -> Iterator[Record]:
+    """The records of one split of a data set.
+
+    Raises:
+        UserError: the data set, its configuration, split or revision cannot be loaded.
+    """
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, config, split=split, revision=revision)
+    except Exception as error:  # network, hub, file system and parsers each raise their own
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"The data set '{name}' [{split}] cannot be loaded ({type(error).__name__}: {reason}): check name, config, "
+            "split and revision."
+        ) from error
+    yield from data
