@@ -22,6 +22,8 @@ _SHORT = {
     "pef/divergence": "L_pef",
     "kl": "kl",
     "completions/mean_length": "length",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
 }
 
 

@@ -161,7 +161,7 @@ def release(trainer: Any) -> None:
     unset_hf_deepspeed_config()  # or whatever is loaded next, outside any trainer, would be partitioned
     if trainer.model is not None and any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters()):
         _empty(trainer.model, trainer.optimizer)
-    for name in ("model", "model_wrapped", "deepspeed", "optimizer", "lr_scheduler", "ref_model"):
+    for name in ("model", "model_wrapped", "deepspeed", "optimizer", "lr_scheduler", "ref_model", "_precompute_engine"):
         setattr(trainer, name, None)
     trainer.callback_handler.model = trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
     gc.collect()
