@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from posttrain import registry
 from posttrain.errors import UserError, did_you_mean
 
-Status = Literal["ok", "wrong", "no_answer", "unparseable_gold", "timeout", "resource", "verifier_error"]
+Status = Literal["ok", "wrong", "no_answer", "unparseable_gold", "timeout", "resource", "verifier_error", "not_judged"]
 Completion = str | Sequence[Mapping[str, Any]]
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
@@ -32,7 +32,7 @@ class Verdict:
 
     `ok`, `wrong` and `no_answer` carry a reward; `timeout` and `resource` caused by the completion are 0.0;
     `unparseable_gold` and `verifier_error` are `None`, because a failure of the infrastructure must never look like a
-    wrong answer.
+    wrong answer; so is `not_judged`, where nothing decides what is correct.
     """
 
     reward: float | None

@@ -18,8 +18,9 @@ import pytest
 from posttrain.errors import UserError
 from posttrain.evaluation.compare import Comparison, compare, table, verdict
 from posttrain.evaluation.evaluate import EvaluationResult
+from posttrain.evaluation.measures import Bin, Measured
 from posttrain.evaluation.metrics import pass_at_k
-from posttrain.evaluation.report import write_report
+from posttrain.evaluation.report import _hidden, _overlap, _together, write_report
 
 N = 8
 
@@ -94,7 +95,7 @@ def test_numbers_by_hand(comparison: Comparison) -> None:
     assert grpo.pass_at_k[4].value == 0.5
     assert list(base.pass_at_k) == [1, 2, 4]
     # distinct: min(c, 3), one on every other problem, all 4
-    assert [run.distinct_correct.value for run in (base, grpo, dph_rl)] == [2.5, 0.5, 4.0]
+    assert [run.distinct_correct and run.distinct_correct.value for run in (base, grpo, dph_rl)] == [2.5, 0.5, 4.0]
     # retention@4 of grpo: the odd problems, 65 / (55 + 65); gain: 5 / (15 + 5)
     assert grpo.retention[4] is not None
     assert grpo.retention[4].value == pytest.approx(65 / 120, rel=1e-12)
@@ -267,3 +268,122 @@ def test_a_single_policy_can_be_reported(tmp_path: Path) -> None:
     text = report(alone, tmp_path)
     assert "Paired differences" not in text
     assert "100.0" in text
+
+
+BINS = (Bin(0.5, 0.75, 30, 0.6, 0.5), Bin(0.75, 1.0, 10, 0.9, 0.8))
+KINDS = {
+    "diversity": {f"self_bleu@T{t}": "BLEU" for t in ("0.6", "1.0")} | {"entropy@T1.0": "nats per token"},
+    "divergence": {"reverse_kl": "nats per token", "kl_per_answer": "nats per answer"},
+    "calibration": {"preference_accuracy": "share", "ece_likelihood": "share"},
+}
+SECTIONS = {"diversity": "Diversity", "divergence": "Divergence against accuracy", "calibration": "Calibration"}
+
+
+def measures(value: float, *kinds: str, text: str = "What it is.") -> dict[str, Measured]:
+    """Measures of 40 problems that all have this value."""
+    return {
+        name: Measured(name, kind, unit, text, np.full(40, value), np.ones(40), BINS if name.startswith("ece_") else ())
+        for kind in kinds
+        for name, unit in KINDS[kind].items()
+    }
+
+
+def headings(text: str) -> list[str]:
+    return re.findall(r"<h2>(.*?)</h2>", text)
+
+
+@pytest.mark.parametrize("kinds", [(), ("divergence",), ("diversity",), ("calibration",), tuple(KINDS)])
+def test_there_are_sections_exactly_for_what_was_measured(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    results = {"base": evaluation("base", BASE), "js": evaluation("js", KEPT)}
+    found = {"base": measures(0.25, *kinds), "js": measures(0.5, *kinds)}
+    text = html.unescape(report(compare(results, "base", measures=found), tmp_path))
+    assert set(headings(text)) & set(SECTIONS.values()) == {SECTIONS[kind] for kind in kinds}
+    # 0.5 with an interval of no width, in its unit and as a share
+    text = text.replace("\n", "")
+    in_unit, share = (f'{x}<span class="interval">[{x}, {x}]</span>' for x in ("0.500", "50.0"))
+    assert (in_unit in text) == bool({"divergence", "diversity"} & set(kinds))
+    assert (share in text) == ("calibration" in kinds)
+
+
+def sweep(**changes: Any) -> Comparison:
+    """4 divergences at 2 β with 2 seeds each, and a baseline."""
+    results, settings = {"base": evaluation("base", BASE)}, {}
+    found = {"base": measures(0.0, *KINDS)}
+    for place, divergence in enumerate(("reverse_kl", "js", "alpha", "<i>kl</i>")):
+        for beta in (0.1, 0.3):
+            for seed in (0, 1):
+                label = f"{divergence}-{beta}-{seed}"
+                results[label] = evaluation(label, [5 - place + seed, 4] * 20, **changes)
+                settings[label] = {"divergence": divergence, "beta": beta, "seed": seed}
+                found[label] = measures(place + beta, *KINDS, text="<b>what</b>")
+    results["grpo"] = evaluation("grpo", COLLAPSED, **changes)
+    return compare(results, "base", measures=found, settings=settings)
+
+
+def test_a_sweep_is_shown_by_its_pools(tmp_path: Path) -> None:
+    comparison = sweep()
+    histories = {label: [{"step": s, "rewards/margins": s + float(label[-1])} for s in range(4)] for label in
+                 comparison.runs if label[-1] in "01"}  # fmt: skip
+    text = report(comparison, tmp_path, histories=histories)
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert not {"i", "b"} & page.tags
+    assert all(address.startswith("#") for address in page.addresses)
+    assert "http" not in text
+    assert len(page.ids) == len(set(page.ids))
+    assert re.search(r"#f[de]00", text) is None
+    plain = html.unescape(text)
+    assert headings(plain) == [
+        "What each policy solves", "pass@k", "Paired differences to base", "Order of divergence",
+        "Divergence against accuracy", "Diversity", "Calibration", "By number of solutions", "Training",
+        "Problems that were lost", "How to read this", "Reproduce",
+    ]  # fmt: skip
+    # js at either β: pass@1 of (4 + 4) / 16 and (5 + 4) / 16, on average 53.1 %
+    assert re.search(
+        r'53\.1\n?<span class="interval">\[[\d.]+, [\d.]+\]</span>\n?<span class="seeds">50.0 56.2</span>', text
+    )
+    # one colour per divergence, one dash per β: pools have their own look each
+    looks = {re.search(rf'<span class="run (key-\d)" style="([^"]+)">{name}</span>', plain).groups() for name in  # type: ignore[union-attr]
+             comparison.pools}  # fmt: skip
+    assert len(looks) == len(comparison.pools) == 10
+    js = [re.search(rf'var\(--run-(\d)\)">js, beta {beta}</span>', plain) for beta in (0.1, 0.3)]
+    assert len({match.group(1) for match in js if match is not None}) == 1
+    # pass@k, two frontiers, self-BLEU by temperature, margins; ten pools are too many for bars and reliability
+    assert text.count("<svg") == 5
+    # pass@1: (5 + 4 + 6 + 4) / 32, then an eighth of an answer less on every other problem, at both β
+    assert plain.count("reverse_kl (59.4) > js (53.1) > alpha (46.9) > <i>kl</i> (40.6)") == 2
+
+
+def test_curves_of_a_pool_are_means_over_its_seeds() -> None:
+    first, second = (np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0])), (np.array([2.0, 3.0]), np.array([7.0, 0.0]))
+    steps, values = _together([first, (np.array([]), np.array([])), second])
+    # steps 2 and 3 are common to the two that logged anything: (5 + 7) / 2 and (6 + 0) / 2
+    assert (steps.tolist(), values.tolist()) == ([2.0, 3.0], [6.0, 3.0])
+    assert [len(values) for values in _together([])] == [0, 0]
+
+
+def test_labels_keep_off_one_another() -> None:
+    left, right = (0.0, 0.0, 10.0, 4.0), (6.0, 2.0, 20.0, 9.0)
+    assert _overlap(left, right) == 4 * 2
+    assert _overlap(left, (10.0, 4.0, 12.0, 6.0)) == 0.0
+    # a box of 40 of which 20 lie outside, and 8 under another
+    assert _hidden(left, [right], (0.0, 2.0, 30.0, 30.0)) == 8 + 3 * 20
+
+
+def test_a_page_without_pass_at_k_shows_what_there_is(tmp_path: Path) -> None:
+    results = {label: evaluation(label, [0] * 40, n=0, verifier=None) for label in ("base", "js", "reverse_kl")}
+    found = {"base": measures(0, "divergence")} | {label: measures(0.5, *KINDS) for label in ("js", "reverse_kl")}
+    text = html.unescape(
+        report(compare(results, "base", measures=found), tmp_path, histories={"js": [
+            {"step": s, "rewards/accuracies": 0.5 + s / 10, "logps/chosen": -s} for s in range(4)]})
+    )  # fmt: skip
+    assert headings(text) == [
+        "What each policy does", "Divergence against accuracy", "Diversity", "Calibration", "Training",
+        "How to read this", "Reproduce",
+    ]  # fmt: skip
+    assert "pass@" not in text
+    # frontier, self-BLEU, reliability, two training curves
+    assert text.count("<svg") == 5
+    assert "implicit reward accuracy, share by step" in text

@@ -129,7 +129,7 @@ def evaluate(
     engine: Engine,
     task_name: str,
     rows: Sequence[tasks.Row],
-    verifier: Verifier,
+    verifier: Verifier | None,
     settings: Evaluation,
     *,
     max_tokens: int,
@@ -139,6 +139,8 @@ def evaluate(
     worker: tuple[int, int] = (0, 1),
 ) -> EvaluationResult | None:
     """Sample `settings.n` answers to every row, judge them, and write them under `output_dir`.
+
+    Without a verifier the answers are kept for what else is measured on them, and no problem has a verdict.
 
     Worker `rank` of `world` takes every `world`-th chunk of max(1, batch_size // n) rows. A lone worker finishes and
     returns the result; several return None, and rank 0 calls `finish` after a barrier. A finished evaluation with the
@@ -151,7 +153,7 @@ def evaluate(
     """
     rank, world = worker
     _check(task_name, rows, verifier)
-    if rank == 0 and settings.n < 2 * max(settings.k):
+    if rank == 0 and verifier is not None and settings.n < 2 * max(settings.k):
         warnings.warn(
             f"pass@{max(settings.k)} from n = {settings.n} answers is noisy: n ≥ {2 * max(settings.k)} is advised.",
             stacklevel=2,
@@ -162,7 +164,7 @@ def evaluate(
         "problems": len(rows),
         "model": engine.fingerprint,
         "engine": engine.name,
-        "verifier": verifier.identity,
+        "verifier": verifier.identity if verifier is not None else None,
         "n": settings.n,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
@@ -258,9 +260,11 @@ def _seed(identity: Mapping[str, Any], index: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
-def _check(task_name: str, rows: Sequence[tasks.Row], verifier: Verifier) -> None:
+def _check(task_name: str, rows: Sequence[tasks.Row], verifier: Verifier | None) -> None:
     if not rows:
         raise UserError(f"The task '{task_name}' gave no rows to evaluate: raise its evaluation share or its size.")
+    if verifier is None:
+        return
     if not verifier.accuracy:
         raise UserError(
             f"The reward '{verifier.name}' does not say whether an answer is correct, which pass@k is about: evaluate "
@@ -277,7 +281,7 @@ def _check(task_name: str, rows: Sequence[tasks.Row], verifier: Verifier) -> Non
 
 def _sample_chunk(
     engine: Engine,
-    verifier: Verifier,
+    verifier: Verifier | None,
     settings: Evaluation,
     chunk: Sequence[tuple[int, tasks.Row]],
     seed: int,
@@ -293,7 +297,10 @@ def _sample_chunk(
     distinct = {
         (problem, sample.text): row for (problem, row), group in zip(chunk, groups, strict=True) for sample in group
     }
-    judged = verifier.score([text for _, text in distinct], list(distinct.values()))
+    if verifier is None:
+        judged = [Verdict(None, "not_judged")] * len(distinct)
+    else:
+        judged = verifier.score([text for _, text in distinct], list(distinct.values()))
     verdicts = dict(zip(distinct, judged, strict=True))
     records = [
         _record(row, problem, number, sample, verdicts[problem, sample.text])

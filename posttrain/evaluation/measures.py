@@ -17,6 +17,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +140,20 @@ def _bootstrap(
             values.append(np.divide(top, bottom, out=np.full_like(bottom, np.nan), where=bottom > 0))
         return combine(values)
 
-    generator = np.random.default_rng(seed)
-    rows = max(1, _BLOCK // problems)
-    drawn = [
-        combined(generator.multinomial(problems, np.full(problems, 1 / problems), size=size).astype(np.float64))
-        for size in (min(rows, resamples - start) for start in range(0, resamples, rows))
-    ]
+    drawn = [combined(weights) for weights in _weights(problems, resamples, seed)]
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(np.concatenate(drawn), [tail, 1 - tail])
     return Estimate(float(combined(np.ones((1, problems)))[0]), float(low), float(high))
+
+
+@lru_cache(maxsize=2)
+def _weights(problems: int, resamples: int, seed: int) -> tuple[Floats, ...]:
+    """How often each problem is drawn, [rows, problems] a block: drawn once for all measures of as many problems."""
+    generator = np.random.default_rng(seed)
+    rows = max(1, _BLOCK // problems)
+    sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    uniform = np.full(problems, 1 / problems)
+    return tuple(generator.multinomial(problems, uniform, size=size).astype(np.float64) for size in sizes)
 
 
 def load(folder: Path) -> dict[str, Measured]:

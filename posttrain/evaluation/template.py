@@ -59,12 +59,32 @@ tr.section th { padding-top: 1rem; color: var(--muted); font-size: .8rem; font-w
   content: ""; display: inline-block; width: .7em; height: .7em; margin-right: .45em; border-radius: 2px;
   background: var(--colour);
 }
+.lined .run::before { width: 1.6em; height: .22em; margin-bottom: .25em; border-radius: 0; }
+.lined .key-1::before {
+  background: repeating-linear-gradient(90deg, var(--colour) 0 .42em, transparent .42em .59em);
+}
+.lined .key-2::before { background: repeating-linear-gradient(90deg, var(--colour) 0 .17em, transparent .17em .36em); }
+.lined .key-3::before {
+  background: repeating-linear-gradient(90deg, var(--colour) 0 .5em, transparent .5em .65em, var(--colour) .65em .8em,
+    transparent .8em .95em);
+}
+.lined .key-4::before { background: repeating-linear-gradient(90deg, var(--colour) 0 .28em, transparent .28em .44em); }
+.lined .key-5::before {
+  background: repeating-linear-gradient(90deg, var(--colour) 0 .48em, transparent .48em .6em, var(--colour) .6em .74em,
+    transparent .74em .86em, var(--colour) .86em 1em, transparent 1em 1.12em);
+}
+.seeds { display: block; font-size: .75rem; }
+.strong { font-weight: 650; }
+.dense td.number, .dense th.number { padding-left: 1.1rem; white-space: nowrap; }
+.dense th.number { white-space: normal; vertical-align: bottom; min-width: 6.4rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; margin: .5rem 0 0; padding: 0; list-style: none; }
 figure { margin: .75rem 0 0; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif !important; }
 .wide svg { max-width: 46rem; min-width: 26rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem 1.5rem; }
+.pair { grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); }
+.pair figure { max-width: 32rem; }
 dl { margin: .5rem 0; max-width: 48rem; }
 dt { font-weight: 600; margin-top: .6rem; }
 dd { margin: 0; color: var(--muted); }
@@ -87,15 +107,31 @@ summary { cursor: pointer; font-weight: 600; }
 @media print { body { max-width: none; padding: 0; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
 </style>
 </head>
-<body>
+<body{% if lined %} class="lined"{% endif %}>
 {% macro swatch(label) -%}
-<span class="run" style="--colour: var(--run-{{ slots[label] }})">{{ label }}</span>
+<span class="run key-{{ styles[label].dash }}" style="--colour: var(--run-{{ styles[label].slot }})">{{ label }}</span>
 {%- endmacro %}
 {% macro legend(shown) -%}
 <ul class="legend">{% for label in shown %}<li>{{ swatch(label) }}</li>{% endfor %}</ul>
 {%- endmacro %}
 {% macro number(shown) -%}
-{{ shown.value }}{% if shown.interval %}<span class="interval">{{ shown.interval }}</span>{% endif %}
+{% if shown.strong %}<span class="strong">{{ shown.value }}</span>{% else %}{{ shown.value }}{% endif %}
+{% if shown.interval %}<span class="interval">{{ shown.interval }}</span>{% endif %}
+{% if shown.seeds %}<span class="seeds">{{ shown.seeds }}</span>{% endif %}
+{%- endmacro %}
+{% macro lines(rows, columns) -%}
+<div class="scroll"><table class="dense">
+<thead><tr><th></th>{% for title, _ in columns %}<th class="number">{{ title }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for name in rows %}
+{% set place = loop.index0 %}
+<tr><th scope="row">{{ swatch(name) }}</th>
+{% for _, cells in columns %}<td class="number">{{ number(cells[place]) }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{%- endmacro %}
+{% macro descriptions(described) -%}
+{% for name, text in described %}<p class="note"><strong>{{ name }}</strong>: {{ text }}</p>{% endfor %}
 {%- endmacro %}
 <header>
 <h1>{{ title }}</h1>
@@ -105,24 +141,37 @@ summary { cursor: pointer; font-weight: 600; }
 <div class="verdict">{% for sentence in sentences %}<p>{{ sentence }}</p>{% endfor %}</div>
 {% endif %}
 
-<h2>What each policy solves</h2>
+<h2>What each policy {{ "solves" if largest else "does" }}</h2>
+{% if many %}
+{{ lines(names, columns) }}
+{% else %}
 <div class="scroll"><table>
-<thead><tr><th></th>{% for label in labels %}<th class="number">{{ swatch(label) }}</th>{% endfor %}</tr></thead>
+<thead><tr><th></th>{% for label in names %}<th class="number">{{ swatch(label) }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for name, metrics in sections %}
-<tr class="section"><th colspan="{{ labels|length + 1 }}">{{ name }}</th></tr>
+<tr class="section"><th colspan="{{ names|length + 1 }}">{{ name }}</th></tr>
 {% for metric, cells in metrics %}
 <tr><th scope="row">{{ metric }}</th>
 {% for shown in cells %}<td class="number">{{ number(shown) }}</td>{% endfor %}</tr>
 {% endfor %}
 {% endfor %}
 </tbody></table></div>
+{% endif %}
 <p class="note">{{ caption }}</p>
+{% if every_run %}
+<details><summary>Every run</summary>
+{{ lines(every_run_names, every_run) }}
+</details>
+{% endif %}
 
+{% if curve %}
 <h2>pass@k</h2>
-{{ legend(labels) }}
+{{ legend(names) }}
 <figure class="wide"><div class="scroll">{{ curve }}</div>
-<figcaption>Share of problems solved by at least one of k answers; bands: {{ level }} intervals.</figcaption></figure>
+<figcaption>Share of problems solved by at least one of k answers
+{%- if banded %}; bands: {{ level }} intervals{% endif %}{% if every_run %}; means over seeds{% endif %}.</figcaption>
+</figure>
+{% endif %}
 
 {% if differences %}
 <h2>Paired differences</h2>
@@ -138,12 +187,80 @@ summary { cursor: pointer; font-weight: 600; }
 number of rows.</p>
 {% endif %}
 
+{% if against_base %}
+<h2>Paired differences to {{ base }}</h2>
+{{ lines(names[1:], against_base) }}
+<p class="note">The same problems on both sides. Bold: the {{ level }} interval excludes 0; not adjusted for the
+number of rows.{% if every_run %} A pool of seeds enters with the mean over them, problem by problem.{% endif %}</p>
+{% endif %}
+
+{% if orderings %}
+<h2>Order of {{ leading }}</h2>
+<div class="scroll"><table>
+<thead><tr><th>metric</th><th>at</th><th>highest to lowest</th></tr></thead>
+<tbody>
+{% for metric, rows in orderings %}
+{% for at, words in rows %}
+<tr>{% if loop.first %}<td rowspan="{{ rows|length }}">{{ metric }}</td>{% endif %}
+<td>{{ at }}</td><td>{{ words }}</td></tr>
+{% endfor %}
+{% endfor %}
+</tbody></table></div>
+<p class="note">&gt;: the {{ level }} interval of the paired difference to the next one, over problems and pooled over
+seeds, lies above 0; ≈: it does not. Not adjusted for the number of comparisons.</p>
+{% endif %}
+
+{% if frontier %}
+<h2>Divergence against accuracy</h2>
+{% if frontier.drawings %}
+<div class="{{ "wide" if frontier.crowd else "panels pair" }}">
+{% for drawing in frontier.drawings %}<figure>{{ drawing }}</figure>{% endfor %}
+</div>
+<p class="note">{{ frontier.x }} to {{ base }} against what it buys: up and to the left is better.
+{%- if frontier.along %} Lines follow {{ frontier.along }}, whose values stand beside the points.{% endif %}
+{%- if every_run %} Small points: seeds.{% endif %}
+{%- if not frontier.crowd %} Vertical lines: {{ level }} intervals.{% endif %}</p>
+{% endif %}
+{{ lines(names, frontier.columns) }}
+{{ descriptions(frontier.described) }}
+{% endif %}
+
+{% if diversity %}
+<h2>Diversity</h2>
+{% if diversity.panels %}
+{{ legend(names) }}
+<div class="panels">{% for panel in diversity.panels %}<figure>{{ panel }}</figure>{% endfor %}</div>
+<p class="note">By sampling temperature.</p>
+{% endif %}
+{{ descriptions(diversity.described) }}
+{% for title, found in diversity.tables %}
+<details{% if not many %} open{% endif %}><summary>{{ title }}</summary>
+{{ lines(names, found) }}
+</details>
+{% endfor %}
+{% endif %}
+
+{% if calibration %}
+<h2>Calibration</h2>
+{{ lines(names, calibration.columns) }}
+{{ descriptions(calibration.described) }}
+{% if calibration.panels %}
+{{ legend(names) }}
+<div class="panels pair">{% for panel in calibration.panels %}<figure>{{ panel }}</figure>{% endfor %}</div>
+<p class="note">Share of right choices by confidence, a point per bin; its area grows with the bin's pairs, and bins
+with less than {{ few }} of them are left out. A calibrated policy lies on the dashed line, an overconfident one below
+it.</p>
+{% endif %}
+{% endif %}
+
 {% if groups %}
 <h2>By number of solutions</h2>
-{{ legend(labels) }}
+{% if bars %}
+{{ legend(names) }}
 <figure class="wide"><div class="scroll">{{ bars }}</div>
 <figcaption>pass@{{ largest }} on problems with few and with many solutions, split at the median, with {{ level }}
 intervals.</figcaption></figure>
+{% endif %}
 <div class="scroll"><table>
 <thead><tr><th>problems with</th><th>run</th><th class="number">pass@{{ largest }}, %</th>
 <th class="number">minus {{ base }}, points</th></tr></thead>
@@ -162,16 +279,16 @@ intervals.</figcaption></figure>
 <h2>Training</h2>
 {{ legend(logged) }}
 <div class="panels">{% for panel in panels %}<figure>{{ panel }}</figure>{% endfor %}</div>
-<p class="note">By optimiser step. Faint: logged values; strong: their centred mean over {{ smoothing }} of the
-run.</p>
+<p class="note">By optimiser step{% if every_run %}, means over seeds{% endif %}. {% if banded %}Faint: logged values;
+strong: their {% else %}The {% endif %}centred mean over {{ smoothing }} of the run.</p>
 {% endif %}
 
-{% if labels|length > 1 %}
+{% if lost_summary %}
 <h2>Problems that were lost</h2>
 <p>{{ lost_summary }}</p>
 {% if examples %}
 <div class="scroll"><table>
-<thead><tr><th>problem</th>{% for label in labels %}<th>{{ swatch(label) }}</th>{% endfor %}</tr></thead>
+<thead><tr><th>problem</th>{% for label in shown_runs %}<th>{{ swatch(label) }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for example in examples %}
 <tr><td><code>{{ example.prompt }}</code></td>
@@ -189,6 +306,7 @@ run.</p>
 
 <h2>How to read this</h2>
 <dl>
+{% if largest %}
 <dt>pass@k</dt><dd>The probability that at least one of k answers is correct, 1 − C(n−c, k)/C(n, k) from c correct ones
 among n. pass@1 is accuracy; pass@k at large k is what the policy can still find.</dd>
 <dt>Distinct correct</dt><dd>The expected number of different correct answers to a problem among {{ draws }}
@@ -196,6 +314,7 @@ answers.</dd>
 <dt>Retention and gain at k</dt><dd>The probability that a problem is solved by k answers now, given that k answers of
 {{ base }} solved it (retention) or did not (gain). The column of {{ base }} is a second draw of its own answers: what
 retention would be if nothing had changed.</dd>
+{% endif %}
 <dt>Intervals</dt><dd>{{ level }} percentile bootstrap over problems ({{ resamples }} resamples). They cover which
 problems were asked and which answers were drawn, not what another training seed would have given.</dd>
 <dt>Answer length</dt><dd>Tokens per answer, the end-of-sequence token included; an answer is truncated when the limit
