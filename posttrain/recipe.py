@@ -9,7 +9,9 @@ trainer (`method.args`) are checked in a second pass, against the trainer's own 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -121,7 +123,7 @@ class Method(Section):
 
     name: str
     prompts_per_step: PositiveInt | None = None
-    """Prompts per optimiser step; when given, `gradient_accumulation_steps` follows from the batch identity."""
+    """Prompts (or preference pairs) per optimiser step; when given, `gradient_accumulation_steps` follows from it."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Fields of the trainer's config class (`posttrain methods show NAME`)."""
     called: Label | None = None
@@ -302,7 +304,7 @@ class Calibration(Section):
     """Expected calibration error of the implicit preferences, on held-out pairs."""
 
     bins: PositiveInt = 10
-    """Equal-width bins of confidence."""
+    """Equal-width bins of confidence in the chosen one of two answers, over [½, 1]."""
     pairs_per_prompt: PositiveInt = 1
     """Held-out pairs of one prompt, built from the initial policy's answers where the task brings none."""
 
@@ -400,14 +402,49 @@ class Recipe(Section):
     launch: Launch = Field(default_factory=Launch)
     baselines: list[Baseline] = Field(default_factory=list)
     """Methods that are trained and evaluated beside this one, on the same model, task and settings."""
+    sweep: dict[str, list[Any]] = Field(default_factory=dict)
+    """A grid: the method is trained once for every combination of the values that are listed, as in
+    {method.args.beta: [0.03, 0.1], seed: [0, 1]}. Keys are method.args.NAME, seed, or method.args with mappings of
+    arguments that belong together. What else a recipe says is shared, so that all runs can be compared."""
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Recipe:
-        labels = ["base", self.method.label, *(baseline.label for baseline in self.baselines)]
+        for key, values in self.sweep.items():
+            if not values:
+                raise ValueError(f"sweep.{key} lists no value")
+            if key == "method.args":
+                if not all(isinstance(value, dict) and value for value in values):
+                    raise ValueError("sweep.method.args lists mappings of arguments, as in [{divergence: js}]")
+            elif key == "seed":
+                if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
+                    raise ValueError(f"sweep.seed lists numbers from 0, got {values}")
+            elif not re.fullmatch(r"method\.args\.\w+", key):
+                raise ValueError(
+                    f"a sweep cannot vary {key}, only method.args and seed: its runs share model, data and evaluation, "
+                    "or they could not be compared; start a run for each value instead"
+                )
+        labels = ["base", *(baseline.label for baseline in self.baselines), *(self.cells or [self.method.label])]
+        if len(self.cells) < math.prod(len(values) for values in self.sweep.values()) and self.sweep:
+            raise ValueError("two combinations of the sweep are the same")
         twice = next((label for label in labels if labels.count(label) > 1), None)
         if twice is not None:
             raise ValueError(f"two runs are called '{twice}': give the baseline another name (called)")
         return self
+
+    @property
+    def cells(self) -> dict[str, dict[str, Any]]:
+        """The combinations of the sweep by the name of their run: arguments, and `seed` where that varies."""
+        found = {}
+        for combination in itertools.product(*self.sweep.values()) if self.sweep else ():
+            settings: dict[str, Any] = {}
+            for key, value in zip(self.sweep, combination, strict=True):
+                settings.update(value if key == "method.args" else {key.removeprefix("method.args."): value})
+            # {divergence: alpha, alpha: 0.5} is alpha0.5
+            named = {
+                name: value for name, value in settings.items() if not (isinstance(value, str) and value in settings)
+            }
+            found["-".join(_short(name, value) for name, value in named.items())] = settings
+        return found
 
     def digest(self) -> str:
         """A hash of everything the recipe says (16 hex digits)."""
@@ -417,6 +454,14 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The resolved recipe: every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _short(name: str, value: Any) -> str:
+    """A setting as part of a run's name: `js`, `beta0.1`, `match_slope`, `no-match_slope`."""
+    if isinstance(value, bool):
+        return name if value else f"no-{name}"
+    text = value if isinstance(value, str) else f"{name}{value}"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).strip("_.-") or name
 
 
 class _Loader(yaml.SafeLoader):
@@ -538,6 +583,31 @@ def override(content: dict[str, Any], assignments: Sequence[str]) -> dict[str, A
                 raise UserError(f"--set {keys}: '{'.'.join(parts[: depth + 1])}' is a value, not a section.")
         content = _merge(content, change)
     return content
+
+
+def spread(assignments: Sequence[str]) -> tuple[list[str], dict[str, list[Any]]]:
+    """`--set` assignments of a sweep: those with one value, and the values of the others, `a.b=1,2`.
+
+    Commas inside brackets, braces and quotes belong to a value.
+
+    Raises:
+        UserError: an assignment has no `=`, or a value is no YAML.
+    """
+    single, several = [], {}
+    for assignment in assignments:
+        key, _, text = assignment.partition("=")
+        pieces = [piece.strip() for piece in _TOP_LEVEL.findall(text)]
+        if len(pieces) < 2:
+            single.append(assignment)
+            continue
+        try:
+            several[key.strip()] = [parse_value(piece) for piece in pieces]
+        except yaml.YAMLError:
+            raise UserError(f"--set {key}: '{text}' are no YAML values; quote them.") from None
+    return single, several
+
+
+_TOP_LEVEL = re.compile(r"""((?:[^,\[\]{}"']|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*')+)""")
 
 
 def validate(content: Mapping[str, Any], source: str) -> Recipe:

@@ -64,13 +64,13 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
 def test_the_help_teaches_by_example() -> None:
     text = plain(call("--help").stdout)
-    for verb in ("run", "check", "presample", "evaluate", "recipes", "methods", "rewards", "tasks"):
+    for verb in ("run", "sweep", "check", "presample", "pairs", "evaluate", "recipes", "methods", "rewards", "tasks"):
         assert f" {verb} " in text
     assert "posttrain run dph_rl/countdown3" in text
     assert recipes.find("dph_rl/countdown3").is_file()  # the example exists
 
 
-@pytest.mark.parametrize("verb", ["run", "check", "presample", "evaluate"])
+@pytest.mark.parametrize("verb", ["run", "sweep", "check", "presample", "pairs", "evaluate"])
 def test_every_verb_explains_its_arguments(verb: str) -> None:
     text = plain(call(verb, "--help").stdout)
     assert "RECIPE" in text
@@ -260,9 +260,11 @@ def test_check_prints_the_whole_recipe_and_the_batch_identity() -> None:
 
 def test_the_batch_identity_counts_both_ways() -> None:
     batch = types.SimpleNamespace(world=2, per_device=4, accumulation=3, generations=8, prompts=3)
-    assert batch_identity(batch) == (  # type: ignore[arg-type]
+    assert batch_identity(batch, pairs=False) == (  # type: ignore[arg-type]
         "world 2 × per-device 4 × accumulation 3 = 3 prompts × 8 generations = 24"
     )
+    batch.prompts, batch.generations = 24, 1
+    assert batch_identity(batch, pairs=True) == "world 2 × per-device 4 × accumulation 3 = 24 pairs"  # type: ignore[arg-type]
 
 
 def test_check_refuses_an_argument_that_the_trainer_lacks() -> None:

@@ -42,7 +42,7 @@ def test_commands_of_the_readme_exist() -> None:
 
 
 def test_recipe_of_the_readme_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from posttrain.launch.resolve import resolve, with_baselines
+    from posttrain.launch.resolve import every_run, resolve
 
     monkeypatch.chdir(tmp_path)
     problems = [{"question": f"What is {n} + {n}?", "solution": str(2 * n)} for n in range(100)]
@@ -50,7 +50,7 @@ def test_recipe_of_the_readme_is_valid(tmp_path: Path, monkeypatch: pytest.Monke
     (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
     (tmp_path / "my_task.yaml").write_text(text)
     recipe = recipes.load("my_task.yaml")
-    batches = [resolve(each).batch for each in with_baselines(recipe).values()]
+    batches = [resolve(each).batch for each in every_run(recipe).values()]
     assert [batch.prompts for batch in batches] == [32, 32]
     task = tasks.load(recipe.task.name, recipe.task.options)
     assert len(task.rows("train")) + len(task.rows("eval")) == 100

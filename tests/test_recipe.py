@@ -156,9 +156,9 @@ def test_two_runs_of_one_name_are_refused(write: Write) -> None:
 
 
 def test_baselines_take_over_the_arguments_that_they_know() -> None:
-    from posttrain.launch.resolve import with_baselines
+    from posttrain.launch.resolve import every_run
 
-    runs = with_baselines(recipes.load("dph_rl/countdown3", ["method.args.max_steps=7"]))
+    runs = every_run(recipes.load("dph_rl/countdown3", ["method.args.max_steps=7"]))
     assert list(runs) == ["grpo", "dph_rl"]
     assert runs["grpo"].method.args["max_steps"] == 7
     assert "eta" not in runs["grpo"].method.args

@@ -68,8 +68,9 @@ class DPHConfig(GRPOConfig):
     divergence: str = field(
         default="js",
         metadata={
-            "help": "What is minimised on stored answers: forward_kl, js, alpha, chi2, hellinger, jeffreys or chi2_kl; none; or "
-            "with an online reference, js_definition, reverse_kl (k2) or reverse_kl_k3 (the released baseline)."
+            "help": "What is minimised on stored answers: forward_kl, js, alpha, chi2, hellinger, jeffreys or "
+            "chi2_kl; none; or with an online reference, js_definition, reverse_kl (k2) or reverse_kl_k3 (the released "
+            "baseline)."
         },
     )
     alpha: float | None = field(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import posttrain
-from posttrain.cli import check, evaluate, presample, run, serve
+from posttrain.cli import check, evaluate, pairs, presample, run, serve, sweep
 from posttrain.cli.console import Group, prepare
 from posttrain.cli.listing import listing, recipe_listing
 
@@ -35,8 +35,10 @@ TRAIN = "Train and measure"
 LOOK = "Look around"
 
 app.command("run", rich_help_panel=TRAIN)(run.command)
+app.command("sweep", rich_help_panel=TRAIN, epilog=sweep.EXAMPLES)(sweep.command)
 app.command("check", rich_help_panel=TRAIN)(check.command)
 app.command("presample", rich_help_panel=TRAIN)(presample.command)
+app.command("pairs", rich_help_panel=TRAIN, epilog=pairs.EXAMPLES)(pairs.command)
 app.command("evaluate", rich_help_panel=TRAIN)(evaluate.command)
 app.command("serve", rich_help_panel=TRAIN, epilog=serve.EXAMPLES)(serve.command)
 app.add_typer(recipe_listing(), name="recipes", help="List the recipes; show NAME prints one.", rich_help_panel=LOOK)

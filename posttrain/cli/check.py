@@ -20,20 +20,24 @@ def command(recipe: RecipeArgument, assignments: SetOption = None) -> None:
     library, which takes seconds to import. Data and models are not loaded.
     """
     loaded = read(recipe, assignments)
-    from posttrain.launch.resolve import resolve, with_baselines
+    from posttrain.launch.resolve import every_run, resolve
 
-    resolved = [resolve(each) for each in with_baselines(loaded).values()][-1]
+    resolved = [resolve(each) for each in every_run(loaded).values()][-1]
     if loaded.model.path is None:
         from posttrain.launch.engines import require_engine
 
         require_engine(loaded)
-    print_yaml(resolved.recipe.to_yaml())
-    typer.echo(f"# {resolved.method_class_name}: {batch_identity(resolved.batch)}")
+    print_yaml(loaded.to_yaml())
+    if loaded.sweep:
+        typer.echo(f"# a sweep of {len(loaded.cells)} runs: {', '.join(loaded.cells)}")
+    typer.echo(f"# {resolved.method_class_name}: {batch_identity(resolved.batch, pairs=resolved.takes_pairs)}")
 
 
-def batch_identity(batch: BatchIdentity) -> str:
-    """One optimiser step, counted in sequences from both sides."""
+def batch_identity(batch: BatchIdentity, *, pairs: bool) -> str:
+    """One optimiser step, counted in sequences from both sides, or in preference pairs."""
+    processes = f"world {batch.world} × per-device {batch.per_device} × accumulation {batch.accumulation}"
+    if pairs:
+        return f"{processes} = {batch.prompts} pairs"
     return (
-        f"world {batch.world} × per-device {batch.per_device} × accumulation {batch.accumulation} = "
-        f"{batch.prompts} prompts × {batch.generations} generations = {batch.prompts * batch.generations}"
+        f"{processes} = {batch.prompts} prompts × {batch.generations} generations = {batch.prompts * batch.generations}"
     )

@@ -59,13 +59,17 @@ def command(
 
     A recipe that asks for several processes, or names a launch configuration, is started through accelerate.
     """
+    start(recipe, assignments, output_dir, resume, command_line("run", recipe, assignments, output_dir))
+
+
+def start(recipe: str, assignments: Sequence[str] | None, output_dir: Path | None, resume: bool, line: str) -> None:
+    """Run a recipe in this process, or in several that accelerate starts; `line` is what the user typed."""
     loaded = read(recipe, assignments)
-    line = command_line("run", recipe, assignments, output_dir)
     if not needs_launcher(loaded.launch):
-        in_process(recipe, assignments, output_dir, resume)
+        _run(loaded, output_dir, resume, line)
         return
     arguments = accelerate_command(
-        loaded, output_dir or default_output_dir(loaded), resume, [recipe, *_set_arguments(assignments)]
+        loaded, output_dir or default_output_dir(loaded), resume, [recipe, *set_arguments(assignments)]
     )
     from posttrain.launch.resolve import require_devices, resolve
 
@@ -82,8 +86,10 @@ def in_process(
     resume: ResumeOption = False,
 ) -> None:
     """Run a recipe in this very process, which may be one of several that a launcher started."""
-    loaded = read(recipe, assignments)
-    line = command_line("run", recipe, assignments, output_dir)
+    _run(read(recipe, assignments), output_dir, resume, command_line("run", recipe, assignments, output_dir))
+
+
+def _run(loaded: Recipe, output_dir: Path | None, resume: bool, line: str) -> None:
     # Among several processes the launcher speaks, not each of its workers.
     with reported("" if "RANK" in os.environ else f"interrupted; continue with: {line} --resume"):
         from posttrain.launch import pipeline
@@ -109,25 +115,25 @@ def read(reference: str, assignments: Sequence[str] | None) -> Recipe:
     for method in (recipe.method.name, *(baseline.name for baseline in recipe.baselines)):
         registry.entry("method", method)
     configuration(recipe)
-    verifier = tasks.load(recipe.task.name, recipe.task.options).verifier[0]
+    verifier = tasks.load(recipe.task.name, recipe.task.options).verifier
     for reward in recipe.rewards:
-        if reward.name is not None and (reward.options or reward.name != verifier):
+        if reward.name is not None and (reward.options or verifier is None or reward.name != verifier[0]):
             rewards.load(reward.name, reward.options)
     return recipe
 
 
 def default_output_dir(recipe: Recipe) -> Path:
-    """`runs/<method>-<recipe name>`, below the working directory."""
-    return Path("runs") / f"{recipe.method.name}-{recipe.name}"
+    """`runs/<method>-<recipe name>`, below the working directory; a sweep has a folder of its own."""
+    return Path("runs") / f"{'sweep-' if recipe.sweep else ''}{recipe.method.name}-{recipe.name}"
 
 
 def command_line(verb: str, recipe: str, assignments: Sequence[str] | None, output_dir: Path | None) -> str:
     """The shell command that repeats this call."""
     folder = [] if output_dir is None else ["--output-dir", str(output_dir)]
-    return shlex.join(["posttrain", verb, recipe, *_set_arguments(assignments), *folder])
+    return shlex.join(["posttrain", verb, recipe, *set_arguments(assignments), *folder])
 
 
-def _set_arguments(assignments: Sequence[str] | None) -> list[str]:
+def set_arguments(assignments: Sequence[str] | None) -> list[str]:
     return [part for assignment in assignments or () for part in ("--set", assignment)]
 
 

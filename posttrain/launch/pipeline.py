@@ -2,6 +2,7 @@
 
     <output>/recipe.yaml        the resolved recipe            <output>/provenance.json   versions, git, seeds, command
     <output>/store/             pre-sampled answers            <output>/<label>/evaluation/
+    <output>/pairs/             preference pairs made of them
     <output>/<label>/model/     the trained policy             <output>/<label>/history.json   what training logged
     <output>/comparison.json    the numbers                    <output>/report.html
 
@@ -16,7 +17,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from rich.console import Console
 from posttrain import atomic, rewards, tasks
 from posttrain import recipe as recipes
 from posttrain.errors import UserError
+from posttrain.evaluation import divergence
 from posttrain.launch.engines import Engines, require_engine
+from posttrain.launch.measuring import Measuring
 from posttrain.launch.provenance import provenance
-from posttrain.launch.resolve import Resolved, resolve, trainer_config, with_baselines
+from posttrain.launch.resolve import Resolved, every_run, resolve, trainer_config
 from posttrain.launch.spawn import configuration
 from posttrain.launch.workers import Workers, launched
 from posttrain.recipe import Lora, Model, Recipe, WarmStart
@@ -38,20 +41,37 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Job:
-    """A checked recipe with everything that it names, and the baselines that run beside it."""
+    """A checked recipe with everything that it names."""
 
-    resolved: Resolved
+    recipe: Recipe
     task: tasks.BaseTask
-    verifier: rewards.Verifier
+    verifier: rewards.Verifier | None
+    """Decides what is correct; None for preference data."""
     train_rows: list[tasks.Row]
     eval_rows: list[tasks.Row]
     runs: dict[str, Resolved]
-    """Every method to train, by label; baselines first."""
+    """Every method to train, by label; baselines first, the main one last."""
 
     @property
-    def recipe(self) -> Recipe:
-        """The main recipe."""
-        return self.resolved.recipe
+    def makes_pairs(self) -> bool:
+        """Whether preference pairs are made of pre-sampled answers: a method needs some, and the task brings none."""
+        return not self.task.pairs and any(resolved.takes_pairs for resolved in self.runs.values())
+
+    @property
+    def presamples(self) -> bool:
+        """Whether a store of pre-sampled answers is needed."""
+        return self.makes_pairs or any(resolved.takes_store for resolved in self.runs.values())
+
+    @property
+    def judge(self) -> rewards.Verifier:
+        """The verifier, where one is needed.
+
+        Raises:
+            UserError: the task has none.
+        """
+        if self.verifier is None:
+            raise UserError(f"The task '{self.task.name}' has nothing that decides what is correct: take another task.")
+        return self.verifier
 
     def engines(self, model: str, workers: Workers, log: Path) -> Engines:
         """The engines for a policy and those that are trained from it."""
@@ -64,11 +84,11 @@ def prepare(recipe: Recipe) -> Job:
     Raises:
         UserError: anything is wrong with the recipe, its task, its rewards or its baselines.
     """
-    runs = {label: resolve(other) for label, other in with_baselines(recipe).items()}
+    runs = {label: resolve(other) for label, other in every_run(recipe).items()}
     _require_readable(recipe.model)
     require_engine(recipe)
     task = tasks.load(recipe.task.name, recipe.task.options)
-    verifier = rewards.load(*task.verifier)
+    verifier = rewards.load(*task.verifier) if task.verifier is not None else None
     train_rows, eval_rows = task.rows("train"), task.rows("eval")
     if not train_rows or not eval_rows:
         raise UserError(
@@ -76,11 +96,20 @@ def prepare(recipe: Recipe) -> Job:
             "needed; change its options."
         )
     eval_rows = tasks.choose(eval_rows, recipe.evaluation.prompts, seed=recipe.evaluation.seed)
-    _require_columns(verifier, train_rows[0], task.name)
-    for reward in reward_functions(recipe, task):
-        if isinstance(reward, rewards.RewardFunction):
-            _require_columns(reward.verifier, train_rows[0], task.name)
-    return Job(runs[recipe.method.label], task, verifier, train_rows, eval_rows, runs)
+    if verifier is not None:
+        _require_columns(verifier, train_rows[0], task.name)
+    if not all(resolved.takes_pairs for resolved in runs.values()):
+        for reward in reward_functions(recipe, task):
+            if isinstance(reward, rewards.RewardFunction):
+                _require_columns(reward.verifier, train_rows[0], task.name)
+    job = Job(recipe, task, verifier, train_rows, eval_rows, runs)
+    if job.presamples:
+        job.judge  # noqa: B018 - said before anything is sampled
+    if recipe.evaluation.calibration is not None and not task.pairs:
+        job.judge  # noqa: B018
+    if recipe.evaluation.divergence is not None:
+        divergence.check(recipe.evaluation.divergence)
+    return job
 
 
 def _require_readable(model: Model) -> None:
@@ -109,8 +138,17 @@ def _require_columns(verifier: rewards.Verifier, row: tasks.Row, task: str) -> N
 
 
 def reward_functions(recipe: Recipe, task: tasks.BaseTask) -> list[Callable[..., list[float | None]]]:
-    """The rewards of a recipe in TRL's form; the task's own verifier when the recipe names none."""
+    """The rewards of a recipe in TRL's form; the task's own verifier when the recipe names none.
+
+    Raises:
+        UserError: neither names one, or it cannot be loaded.
+    """
     if not recipe.rewards:
+        if task.verifier is None:
+            raise UserError(
+                f"The task '{task.name}' has nothing that decides what is correct, so a method that samples needs "
+                "rewards: name them in the recipe."
+            )
         return [rewards.RewardFunction(rewards.load(*task.verifier))]
     found: list[Callable[..., list[float | None]]] = []
     for reward in recipe.rewards:
@@ -118,7 +156,7 @@ def reward_functions(recipe: Recipe, task: tasks.BaseTask) -> list[Callable[...,
             found.append(rewards.load_function(reward.function))
         elif reward.name is not None:
             options = reward.options
-            if not options and reward.name == task.verifier[0]:
+            if not options and task.verifier is not None and reward.name == task.verifier[0]:
                 options = task.verifier[1]
             found.append(rewards.RewardFunction(rewards.load(reward.name, options)))
     return found
@@ -174,7 +212,7 @@ def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None
         _claim(output_dir, recipe, resume)
         atomic.write_json(output_dir / "provenance.json", provenance(recipe, command, workers.world))
     say = Console(stderr=True, quiet=not workers.first, highlight=False)
-    stages = _Stages(say, 2 + 2 * len(job.runs) + 1 + any(r.takes_store for r in job.runs.values()))
+    stages = _Stages(say, 3 + 2 * len(job.runs) + job.presamples + job.makes_pairs)
 
     stages.begin("initial policy")
     model = initial_policy(job, workers)
@@ -194,28 +232,36 @@ def _train_and_measure(
     job: Job, model: str, engines: Engines, stages: _Stages, say: Console, output_dir: Path, workers: Workers
 ) -> None:
     """Everything between the initial policy and the report."""
+    measuring = Measuring(job, model, engines, output_dir / BASE / "evaluation", workers)
     stages.begin(f"evaluate {BASE}")
-    evaluate_policy(job, model, engines, output_dir / BASE / "evaluation", BASE, workers)
-    store = None
-    if any(resolved.takes_store for resolved in job.runs.values()):
+    measuring.measure(BASE, model, output_dir / BASE / "evaluation")
+    store, pairs = None, None
+    if job.presamples:
         stages.begin("presample")
         store = presample_policy(job, model, engines, output_dir / "store", workers)
-        counts = store.counts
-        say.print(
-            f"  {counts['prompts']} prompts: {counts['explore']} to explore, {counts['pef']} near-perfect, "
-            f"{counts['dropped']} dropped; {counts['failed_checks']} failed the fresh check; "
-            f"{counts['stored_answers']} answers stored",
-            soft_wrap=True,
-        )
+        if any(resolved.takes_store for resolved in job.runs.values()):
+            counts = store.counts
+            say.print(
+                f"  {counts['prompts']} prompts: {counts['explore']} to explore, {counts['pef']} near-perfect, "
+                f"{counts['dropped']} dropped; {counts['failed_checks']} failed the fresh check; "
+                f"{counts['stored_answers']} answers stored",
+                soft_wrap=True,
+            )
         for label, resolved in job.runs.items():
             if resolved.takes_store:  # now, and not when this run's turn comes
                 config = trainer_config(resolved, output_dir / label / "checkpoints")
                 resolved.trainer_class.require_store(config, store)
+    if store is not None and job.makes_pairs:
+        stages.begin("pairs")
+        pairs = build_pairs(job, model, store, output_dir / "pairs", workers)
+    data = Data(store, pairs)
     for label, resolved in job.runs.items():
         stages.begin(f"train {label}")
-        trained = train(job, resolved, model, engines, store, output_dir / label, workers)
+        trained = train(job, resolved, model, engines, data, output_dir / label, workers)
         stages.begin(f"evaluate {label}")
-        evaluate_policy(job, str(trained), engines, output_dir / label / "evaluation", label, workers)
+        measuring.measure(
+            label, str(trained), output_dir / label / "evaluation", implied=_implied(resolved, output_dir)
+        )
 
 
 def run_presample(recipe: Recipe, output_dir: Path) -> Path:
@@ -235,6 +281,23 @@ def run_presample(recipe: Recipe, output_dir: Path) -> Path:
     return Path(store.path)
 
 
+def run_pairs(recipe: Recipe, store_dir: Path, output_dir: Path) -> Path:
+    """Preference pairs of a recipe's initial policy: its store, made when it is not there, and the pairs.
+
+    Raises:
+        UserError: the recipe is wrong, no pair can be made, or a folder holds something else.
+    """
+    workers = Workers()
+    job = _begin(recipe)
+    model = initial_policy(job, workers)
+    engines = job.engines(model, workers, log=store_dir.parent / "server.log")
+    try:
+        store = presample_policy(job, model, engines, store_dir, workers)
+    finally:
+        engines.close()
+    return Path(build_pairs(job, model, store, output_dir, workers).path)
+
+
 def run_evaluate(recipe: Recipe, model: str | None, output_dir: Path) -> None:
     """Evaluate a policy on a recipe's task: the initial one, or the model at `model` beside it when given.
 
@@ -248,10 +311,13 @@ def run_evaluate(recipe: Recipe, model: str | None, output_dir: Path) -> None:
     label = BASE if model is None else Path(model).name
     if model is not None and label == "model":  # as `run` lays them out: <label>/model
         label = Path(model).resolve().parent.name
+    # Divergence and calibration compare with the initial policy's own evaluation, which only a run has at hand.
+    asked = recipe.evaluation.model_copy(update={"divergence": None, "calibration": None})
+    job = replace(job, recipe=recipe.model_copy(update={"evaluation": asked}))
     policy = model or initial_policy(job, workers)
     engines = job.engines(policy, workers, log=output_dir / "server.log")
     try:
-        evaluate_policy(job, policy, engines, output_dir, label, workers)
+        Measuring(job, policy, engines, output_dir, workers).measure(label, policy, output_dir)
     finally:
         engines.close()
     if workers.first:
@@ -297,7 +363,7 @@ def presample_policy(job: Job, model: str, engines: Engines, folder: Path, worke
         return presample(
             engine,
             job.train_rows,
-            job.verifier,
+            job.judge,
             recipe.presample,
             max_tokens=recipe.rollout.max_tokens,
             training_temperature=recipe.rollout.temperature,
@@ -308,32 +374,27 @@ def presample_policy(job: Job, model: str, engines: Engines, folder: Path, worke
         )
 
 
-def evaluate_policy(job: Job, model: str, engines: Engines, folder: Path, label: str, workers: Workers) -> None:
-    """Evaluate one policy into `folder`; reused when it is there already."""
-    from posttrain.evaluation import evaluate
+def _implied(resolved: Resolved, output_dir: Path) -> Any:
+    """How a method's implicit rewards follow from log-ratios; None where it has no `score_beta`."""
+    from posttrain.evaluation.calibration import Implied
 
-    recipe = job.recipe
-    with engines.on(model, finished=(folder / "evaluation.json").is_file()) as engine:
-        evaluate.evaluate(
-            engine,
-            job.task.name,
-            job.eval_rows,
-            job.verifier,
-            recipe.evaluation,
-            max_tokens=recipe.rollout.max_tokens,
-            batch_size=recipe.rollout.answers_per_part,
-            output_dir=folder,
-            label=label,
-            worker=(workers.rank, workers.world),
-        )
-    workers.barrier()
-    if workers.first:
-        evaluate.finish(folder, recipe.evaluation, label=label)
-    workers.barrier()
+    config = trainer_config(resolved, output_dir)
+    beta = getattr(config, "score_beta", None)
+    return None if beta is None else Implied(config.divergence, beta, config.alpha, config.edge)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What some methods learn from beside prompts: pre-sampled answers, and preference pairs made of them."""
+
+    store: Any = None
+    """A `posttrain.rollouts.store.Store`."""
+    pairs: Any = None
+    """A `posttrain.rollouts.pairs.PairSet`."""
 
 
 def train(
-    job: Job, resolved: Resolved, model: str, engines: Engines, store: Any, folder: Path, workers: Workers
+    job: Job, resolved: Resolved, model: str, engines: Engines, data: Data, folder: Path, workers: Workers
 ) -> Path:
     """Train one method; returns the folder of the trained policy, at once when it is finished already.
 
@@ -344,33 +405,23 @@ def train(
     finished = folder / "model"
     if (folder / "history.json").is_file():
         return finished
-    from datasets import Dataset
-
     from posttrain.rollouts.engine import EngineError
     from posttrain.seams.callbacks import CompleteCheckpoints, StopOnInterrupt, quiet
     from posttrain.seams.sharding import RequireSharding, release
 
     stop = StopOnInterrupt()
-    rollout = resolved.recipe.rollout
-    options: dict[str, Any] = {"store": store} if resolved.takes_store else {}
-    if resolved.recipe.model.lora is not None:
-        options["peft_config"] = _lora(resolved.recipe.model.lora)
-    trainer = resolved.trainer_class(
+    trainer = _trainer(
+        job,
+        resolved,
+        engines,
+        data,
         model=model,
-        reward_funcs=reward_functions(resolved.recipe, job.task),
         args=trainer_config(resolved, folder / "checkpoints"),
-        train_dataset=Dataset.from_list(job.train_rows),
         callbacks=[RequireSharding(_asked(resolved.recipe)), stop, CompleteCheckpoints()],
-        rollouts=engines.for_training(),
-        sampler_gap_limit=rollout.sampler_gap_limit,
-        lora_sync=rollout.lora_sync,
-        **options,
     )
-    quiet(
-        trainer,
-        f"train {folder.name}",
-        show=("reward", "entropy", "completions/mean_length", "kl", "pef/divergence"),
-    )
+    of_pairs = ("loss", "rewards/accuracies", "rewards/margins", "entropy")
+    of_rollouts = ("reward", "entropy", "completions/mean_length", "kl", "pef/divergence")
+    quiet(trainer, f"train {folder.name}", show=of_pairs if resolved.takes_pairs else of_rollouts)
     checkpoint = CompleteCheckpoints.latest(folder / "checkpoints")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -386,6 +437,55 @@ def train(
     release(trainer)  # the next one needs the memory
     workers.barrier()
     return finished
+
+
+def _trainer(job: Job, resolved: Resolved, engines: Engines, data: Data, **options: Any) -> Any:
+    """The trainer of one method, with what it learns from."""
+    from datasets import Dataset
+
+    recipe = resolved.recipe
+    if recipe.model.lora is not None:
+        options["peft_config"] = _lora(recipe.model.lora)
+    if resolved.takes_pairs:
+        pairs = Dataset.from_list(job.train_rows) if job.task.pairs else _token_ids(data.pairs.file)
+        return resolved.trainer_class(train_dataset=pairs, **options)
+    if resolved.takes_store:
+        options["store"] = data.store
+    return resolved.trainer_class(
+        reward_funcs=reward_functions(recipe, job.task),
+        train_dataset=Dataset.from_list(job.train_rows),
+        rollouts=engines.for_training(),
+        sampler_gap_limit=recipe.rollout.sampler_gap_limit,
+        lora_sync=recipe.rollout.lora_sync,
+        **options,
+    )
+
+
+def _token_ids(file: Path) -> Any:
+    """The pairs of a Parquet file as the token ids that were sampled, in memory."""
+    import pyarrow.parquet as pq
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    return Dataset(InMemoryTable(pq.read_table(file, columns=["prompt_ids", "chosen_ids", "rejected_ids"])))
+
+
+def build_pairs(job: Job, model: str, store: Any, folder: Path, workers: Workers) -> Any:
+    """Preference pairs of the store's answers (`posttrain.rollouts.pairs.PairSet`); made by the first process."""
+    from transformers import AutoTokenizer
+
+    from posttrain.rollouts import pairs
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        model, revision=job.recipe.model.revision if model == job.recipe.model.path else None
+    )
+
+    def make() -> None:
+        made = pairs.build(store, job.train_rows, tokenizer, job.recipe.pairs, output_dir=folder)
+        Console(stderr=True, highlight=False).print(pairs.report(made.counts))
+
+    workers.share(make)
+    return pairs.build(store, job.train_rows, tokenizer, job.recipe.pairs, output_dir=folder)
 
 
 def _asked(recipe: Recipe) -> str | None:
@@ -408,11 +508,16 @@ def _lora(lora: Lora) -> Any:
 
 def report(job: Job, output_dir: Path, command: str) -> None:
     """Compare what was evaluated: `comparison.json`, `report.html` and a table on the terminal."""
-    from posttrain.evaluation import compare, evaluate
+    from posttrain.evaluation import compare, evaluate, measures
     from posttrain.evaluation.report import write_report
 
-    results = {label: evaluate.load(output_dir / label / "evaluation") for label in (BASE, *job.runs)}
-    comparison = compare.compare(results, base=BASE)
+    folders = {label: output_dir / label / "evaluation" for label in (BASE, *job.runs)}
+    comparison = compare.compare(
+        {label: evaluate.load(folder) for label, folder in folders.items()},
+        base=BASE,
+        measures={label: measures.load(folder) for label, folder in folders.items()},
+        settings=job.recipe.cells,
+    )
     histories = {
         label: json.loads((output_dir / label / "history.json").read_text(encoding="utf-8")) for label in job.runs
     }
@@ -427,10 +532,15 @@ def report(job: Job, output_dir: Path, command: str) -> None:
         command=command,
     )
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 100)  # what a table of many runs needs; a file has no edge
     console.print()
     console.print(compare.table(comparison))
     for sentence in compare.verdict(comparison):
         console.print(f"- {sentence}", markup=False, soft_wrap=True)
+    for one in compare.orderings(comparison):
+        line = f"- {compare.name_of(one.metric)}, {compare.in_words(one.at)}: {one.words}"
+        console.print(line, markup=False, soft_wrap=True)
     console.print(f"report: {output_dir / 'report.html'}", soft_wrap=True)
 
 

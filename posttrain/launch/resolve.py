@@ -95,9 +95,14 @@ class Resolved:
         """Whether the trainer works from a store of pre-sampled answers."""
         return "store" in inspect.signature(self.trainer_class.__init__).parameters
 
+    @property
+    def takes_pairs(self) -> bool:
+        """Whether the trainer learns from preference pairs, and neither samples nor verifies."""
+        return bool(getattr(self.trainer_class, "takes_pairs", False))
 
-def with_baselines(recipe: Recipe) -> dict[str, Recipe]:
-    """The recipe of every run, by label: the baselines, then the main one.
+
+def every_run(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe of every run, by label: the baselines, then the main one, or the combinations of the sweep.
 
     A baseline is the recipe itself with another method, whose arguments are those of the main method that its config
     class knows, under its own.
@@ -108,8 +113,13 @@ def with_baselines(recipe: Recipe) -> dict[str, Recipe]:
         shared = {name: value for name, value in recipe.method.args.items() if name in known}
         method = recipe.method.model_copy(update={"name": baseline.name, "args": {**shared, **baseline.args}})
         seed = recipe.seed if baseline.seed is None else baseline.seed
-        found[baseline.label] = recipe.model_copy(update={"method": method, "seed": seed, "baselines": []})
-    return {**found, recipe.method.label: recipe}
+        found[baseline.label] = recipe.model_copy(update={"method": method, "seed": seed, "baselines": [], "sweep": {}})
+    for label, settings in recipe.cells.items():
+        args = {name: value for name, value in settings.items() if name != "seed"}
+        method = recipe.method.model_copy(update={"args": {**recipe.method.args, **args}, "called": label})
+        seed = settings.get("seed", recipe.seed)
+        found[label] = recipe.model_copy(update={"method": method, "seed": seed, "baselines": [], "sweep": {}})
+    return found if recipe.sweep else {**found, recipe.method.label: recipe}
 
 
 def resolve(recipe: Recipe) -> Resolved:
@@ -126,6 +136,11 @@ def resolve(recipe: Recipe) -> Resolved:
     merged = {**defaults, **given}
     batch = _batch_identity(recipe, merged)
     on_gpu = torch.cuda.is_available()
+    of_rollouts = {
+        "temperature": recipe.rollout.temperature,
+        "max_completion_length": recipe.rollout.max_tokens,
+        "reward_weights": [reward.weight for reward in recipe.rewards] or [1.0],
+    }
     trainer_args = {
         "report_to": ["tensorboard"],
         "logging_steps": 10,
@@ -134,11 +149,9 @@ def resolve(recipe: Recipe) -> Resolved:
         "dataloader_pin_memory": on_gpu,
         "ddp_find_unused_parameters": False,  # every parameter of a dense model is in the loss: do not search
         **given,
+        **{name: value for name, value in of_rollouts.items() if name in defaults},
         "gradient_accumulation_steps": batch.accumulation,
         "seed": recipe.seed,
-        "temperature": recipe.rollout.temperature,
-        "max_completion_length": recipe.rollout.max_tokens,
-        "reward_weights": [reward.weight for reward in recipe.rewards] or [1.0],
         "model_init_kwargs": {"dtype": recipe.model.dtype, "revision": recipe.model.revision},
         "bf16": recipe.model.dtype == "bfloat16" and on_gpu,
         "fp16": recipe.model.dtype == "float16" and on_gpu,
@@ -188,7 +201,8 @@ def _is_enum_value(hint: Any, value: Any) -> bool:
 
 def _batch_identity(recipe: Recipe, merged: dict[str, Any]) -> BatchIdentity:
     world, per_device = recipe.launch.processes, merged["per_device_train_batch_size"]
-    generations, accumulation = merged["num_generations"], merged["gradient_accumulation_steps"]
+    generations = merged.get("num_generations", 1)  # a method on preference pairs counts them one by one
+    accumulation = merged["gradient_accumulation_steps"]
     wanted = recipe.method.prompts_per_step
     if wanted is not None:
         answers = wanted * generations
@@ -212,8 +226,8 @@ def _batch_identity(recipe: Recipe, merged: dict[str, Any]) -> BatchIdentity:
             f"hold whole groups of num_generations = {generations}: make {answers} a multiple of {generations} (for "
             f"instance gradient_accumulation_steps = {accumulation * generations // divisor})."
         )
-    steps = merged["steps_per_generation"] or accumulation
-    if merged["generation_batch_size"]:
+    steps = merged.get("steps_per_generation") or accumulation
+    if merged.get("generation_batch_size"):
         steps = merged["generation_batch_size"] // (world * per_device)
     return BatchIdentity(world, per_device, accumulation, steps, generations, answers // generations)
 
@@ -233,10 +247,11 @@ def _probe(config_class: type[Any], trainer_args: dict[str, Any], batch: BatchId
     except (ValueError, TypeError) as error:
         sentence = " ".join(str(error).split())
         raise UserError(f"The method '{method}' refuses its arguments: {sentence}") from None
-    from posttrain.seams.on_policy import refuse_ignored_options
+    from posttrain.seams.on_policy import GRPOConfig, refuse_ignored_options
 
     try:
-        refuse_ignored_options(config)
+        if isinstance(config, GRPOConfig):
+            refuse_ignored_options(config)
     except ValueError as error:
         raise UserError(f"The method '{method}' refuses its arguments: {error}") from None
 
