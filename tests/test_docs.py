@@ -37,8 +37,28 @@ def test_commands_of_the_readme_exist() -> None:
     assert {"run", "check", "presample", "evaluate"} <= verbs
     for verb in sorted(verbs):
         assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0, verb
-    for name in re.findall(r"(?:posttrain \w+|recipes show) ((?:dph_rl|grpo)/\w+)", text):
+    for name in re.findall(r"(?:posttrain \w+|recipes show) ((?:dph_rl|f_dpg|f_dpo|grpo)/\w+)", text):
         assert name in recipes.names(), name
+
+
+def yaml_of_the_readme(name: str) -> str:
+    """The recipe that the README shows under a file name."""
+    (found,) = (
+        text for text in re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL) if text.startswith(f"# {name}")
+    )
+    return str(found)
+
+
+def test_preference_recipe_of_the_readme_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from posttrain.launch.resolve import resolve
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "preferences.yaml").write_text(yaml_of_the_readme("preferences.yaml"))
+    recipe = recipes.load("preferences.yaml")
+    resolved = resolve(recipe)
+    assert resolved.takes_pairs
+    assert resolved.batch.prompts == 64
+    assert tasks.load(recipe.task.name, recipe.task.options).pairs
 
 
 def test_recipe_of_the_readme_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,8 +67,7 @@ def test_recipe_of_the_readme_is_valid(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     problems = [{"question": f"What is {n} + {n}?", "solution": str(2 * n)} for n in range(100)]
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
-    (tmp_path / "my_task.yaml").write_text(text)
+    (tmp_path / "my_task.yaml").write_text(yaml_of_the_readme("my_task.yaml"))
     recipe = recipes.load("my_task.yaml")
     batches = [resolve(each).batch for each in every_run(recipe).values()]
     assert [batch.prompts for batch in batches] == [32, 32]
