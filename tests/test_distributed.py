@@ -25,7 +25,8 @@ def launch(processes: int, arguments: list[str], **environment: str) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     if processes > 1:
-        command.append("--multi_gpu")  # torchrun, with gloo where there is no GPU
+        # torchrun, with gloo where there is no GPU, at any free port: tests run side by side
+        command += ["--multi_gpu", "--main_process_port", "0"]
     finish([*command, *arguments], **environment)
 
 

@@ -206,6 +206,7 @@ def test_ignored_options_are_refused(tiny_model: str, tmp_path: Path, option: st
 
 FINGERPRINTS = {
     "__init__": "18f01b7a46c9544b",
+    "_calculate_rewards": "736ae29b083840b5",
     "_compute_loss": "80295546bbdbf6f7",
     "_generate": "2a27fdf8f5e6f356",
     "_generate_and_score_completions": "1fa48922792dcd5c",

@@ -46,11 +46,13 @@ def command(
     ] = None,
     resume: ResumeOption = False,
 ) -> None:
-    """Train one method with every combination of settings, one after the other, and compare them all.
+    """Train one method with every combination of settings, and compare them all.
 
-    The grid may vary arguments of the method (method.args.NAME) and the seed of training. Model, data, pre-sampled
-    answers and the evaluation of the initial policy are shared, so that every run answers the same problems; runs that
-    differ in the seed only are pooled. What is finished is never done twice.
+    The grid may vary arguments of the method (method.args.NAME) and the seed.
+
+    Model, data, pre-sampled answers and held-out problems are shared by all.
+
+    Runs that differ in the seed only are pooled. Nothing finished is done twice.
     """
     with reported():
         single, several = recipes.spread(assignments or ())

@@ -114,6 +114,9 @@ class OnPolicyTrainer(GRPOTrainer):
     """Stored rows per optimiser step, over all processes."""
     rehearsal_weight: float = 0.0
     """Factor on the token mean over a step's stored rows."""
+    raw_rewards: Tensor
+    """For `annotate`: the weighted sum of the rewards of each of this process's answers [B], neither centred nor
+    scaled; NaN where no reward function could score the answer."""
 
     def __init__(
         self,
@@ -197,12 +200,20 @@ class OnPolicyTrainer(GRPOTrainer):
         """Loss per token [B, T] of stored answers, to be minimised, and metrics per token."""
         raise NotImplementedError(f"{type(self).__name__} has a replay but no rehearsal objective.")
 
-    # ------------------------------------------------------------------ the four methods of TRL that we stand on
+    # ------------------------------------------------------------------ the five methods of TRL that we stand on
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
         if self._rollouts is None:
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)  # type: ignore[no-untyped-call]
         return self._rollouts.generate(prompt_ids)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        start = self.accelerator.process_index * len(prompts)  # TRL gathers them over all processes
+        mine = rewards[start : start + len(prompts)]
+        total = (mine * self.reward_weights.to(mine.device)).nansum(dim=1)
+        self.raw_rewards = total.masked_fill(mine.isnan().all(dim=1), torch.nan)
+        return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
