@@ -12,21 +12,13 @@ import numpy as np
 import pytest
 
 from posttrain.errors import UserError
-from posttrain.evaluation.compare import (
-    Comparison,
-    compare,
-    difference,
-    headlines,
-    in_words,
-    numbers,
-    ordering,
-    orderings,
-    table,
-    verdict,
-)
+from posttrain.evaluation.compare import Comparison, compare, difference, headlines
 from posttrain.evaluation.evaluate import EvaluationResult
 from posttrain.evaluation.measures import Measured
 from posttrain.evaluation.metrics import Estimate, paired_difference
+from posttrain.evaluation.summary import table, to_json, verdict
+from posttrain.evaluation.sweep import ordering, orderings
+from posttrain.evaluation.wording import in_words, numbers
 
 N = 8
 SETTINGS: dict[str, Any] = {"resamples": 200, "confidence": 0.95, "seed": 3}
@@ -268,7 +260,7 @@ def test_measures_are_rows_of_a_small_table_and_stand_in_the_json() -> None:
     assert re.search(r"│ KL, nats +│ +– │ +0.250 \[0.250, 0.250\] │", text)
     assert re.search(r"│ ECE, % +│ +– │ +25.0 \[25.0, 25.0\] │", text)
     assert "KL: What kl_per_answer is." in " ".join(text.split())
-    content = json.loads(comparison.to_json())
+    content = json.loads(to_json(comparison))
     assert content["runs"]["js"]["measures"]["reverse_kl"]["value"] == 0.25
     assert content["runs"]["base"]["measures"] == {"reverse_kl": {"value": 0.0, "low": 0.0, "high": 0.0}}
     assert content["measures"]["reverse_kl"] == {
@@ -282,7 +274,7 @@ def test_measures_are_rows_of_a_small_table_and_stand_in_the_json() -> None:
 
 
 def test_the_json_of_a_sweep_has_pools_and_orders() -> None:
-    content = json.loads(swept().to_json())
+    content = json.loads(to_json(swept()))
     assert content["pools"]["js"]["settings"] == {"divergence": "js"}
     assert content["pools"]["js"]["minus_base"]["pass@1"]["value"] == 0.25
     assert content["orderings"][0]["words"] == "reverse_kl (81.2) > js (56.2)"
@@ -313,7 +305,7 @@ def test_answers_without_a_verifier_are_compared_by_their_measures() -> None:
     assert re.search(r"│ pairs right, % +│ +– │ +75.0 \[", text)
     assert re.search(r"│ answer, tokens +│ +5.0 \[5.0, 5.0\] ", text)
     assert "Distinct" not in text
-    json.loads(comparison.to_json())
+    json.loads(to_json(comparison))
 
 
 def test_what_does_not_belong_together_is_refused() -> None:

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 from posttrain.errors import UserError
-from posttrain.evaluation.compare import Comparison, compare, table, verdict
+from posttrain.evaluation.compare import Comparison, compare
 from posttrain.evaluation.evaluate import EvaluationResult
+from posttrain.evaluation.figures import _hidden, _overlap, _together
 from posttrain.evaluation.measures import Bin, Measured
 from posttrain.evaluation.metrics import pass_at_k
-from posttrain.evaluation.report import _hidden, _overlap, _together, write_report
+from posttrain.evaluation.report import write_report
+from posttrain.evaluation.summary import table, to_json, verdict
 
 N = 8
 
@@ -167,7 +169,7 @@ def test_what_cannot_be_compared_is_refused(comparison: Comparison) -> None:
 
 
 def test_json_holds_the_numbers(comparison: Comparison) -> None:
-    content = json.loads(comparison.to_json())
+    content = json.loads(to_json(comparison))
     assert content["runs"]["grpo"]["pass_at_k"]["1"]["value"] == 0.5
     assert content["verdict"] == verdict(comparison)
     assert "results" not in content

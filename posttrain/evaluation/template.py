@@ -197,12 +197,12 @@ number of rows.{% if every_run %} A pool of seeds enters with the mean over them
 {% if orderings %}
 <h2>Order of {{ leading }}</h2>
 <div class="scroll"><table>
-<thead><tr><th>metric</th><th>at</th><th>highest to lowest</th></tr></thead>
+<thead><tr><th>metric</th>{% if ordered_at %}<th>at</th>{% endif %}<th>highest to lowest</th></tr></thead>
 <tbody>
 {% for metric, rows in orderings %}
 {% for at, words in rows %}
 <tr>{% if loop.first %}<td rowspan="{{ rows|length }}">{{ metric }}</td>{% endif %}
-<td>{{ at }}</td><td>{{ words }}</td></tr>
+{% if ordered_at %}<td>{{ at }}</td>{% endif %}<td>{{ words }}</td></tr>
 {% endfor %}
 {% endfor %}
 </tbody></table></div>

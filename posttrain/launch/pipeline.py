@@ -304,7 +304,9 @@ def run_evaluate(recipe: Recipe, model: str | None, output_dir: Path) -> None:
     Raises:
         UserError: the recipe is wrong, or the folder holds an evaluation of something else.
     """
-    from posttrain.evaluation import compare, evaluate
+    from posttrain.evaluation import evaluate
+    from posttrain.evaluation.compare import compare
+    from posttrain.evaluation.summary import table
 
     workers = Workers()
     job = _begin(recipe)
@@ -323,7 +325,7 @@ def run_evaluate(recipe: Recipe, model: str | None, output_dir: Path) -> None:
     if workers.first:
         result = evaluate.load(output_dir)
         console = Console(highlight=False)
-        console.print(compare.table(compare.compare({label: result}, base=label)))
+        console.print(table(compare({label: result}, base=label)))
         console.print(f"evaluation: {output_dir}", soft_wrap=True)
 
 
@@ -508,11 +510,13 @@ def _lora(lora: Lora) -> Any:
 
 def report(job: Job, output_dir: Path, command: str) -> None:
     """Compare what was evaluated: `comparison.json`, `report.html` and a table on the terminal."""
-    from posttrain.evaluation import compare, evaluate, measures
+    from posttrain.evaluation import evaluate, measures, summary, wording
+    from posttrain.evaluation.compare import compare
     from posttrain.evaluation.report import write_report
+    from posttrain.evaluation.sweep import orderings
 
     folders = {label: output_dir / label / "evaluation" for label in (BASE, *job.runs)}
-    comparison = compare.compare(
+    comparison = compare(
         {label: evaluate.load(folder) for label, folder in folders.items()},
         base=BASE,
         measures={label: measures.load(folder) for label, folder in folders.items()},
@@ -521,7 +525,7 @@ def report(job: Job, output_dir: Path, command: str) -> None:
     histories = {
         label: json.loads((output_dir / label / "history.json").read_text(encoding="utf-8")) for label in job.runs
     }
-    atomic.write_text(output_dir / "comparison.json", comparison.to_json())
+    atomic.write_text(output_dir / "comparison.json", summary.to_json(comparison))
     write_report(
         comparison,
         output_dir / "report.html",
@@ -535,12 +539,12 @@ def report(job: Job, output_dir: Path, command: str) -> None:
     if not console.is_terminal:
         console.width = max(console.width, 100)  # what a table of many runs needs; a file has no edge
     console.print()
-    console.print(compare.table(comparison))
-    for sentence in compare.verdict(comparison):
+    console.print(summary.table(comparison))
+    for sentence in summary.verdict(comparison):
         console.print(f"- {sentence}", markup=False, soft_wrap=True)
-    for one in compare.orderings(comparison):
-        line = f"- {compare.name_of(one.metric)}, {compare.in_words(one.at)}: {one.words}"
-        console.print(line, markup=False, soft_wrap=True)
+    for one in orderings(comparison):
+        where = f" at {wording.in_words(one.at)}" if one.at else ""
+        console.print(f"- {wording.name_of(one.metric)}{where}: {one.words}", markup=False, soft_wrap=True)
     console.print(f"report: {output_dir / 'report.html'}", soft_wrap=True)
 
 
