@@ -9,6 +9,7 @@ import torch
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
+from posttrain.objectives import distillation
 from posttrain.objectives.divergences import FORMS, js_policy_half, js_reference_half, token_divergence
 from posttrain.objectives.policy import clipped_surrogate, importance_ratio, kl_k2, kl_k3
 from posttrain.objectives.reduce import LOSS_TYPES, reduce, token_mean
@@ -30,6 +31,19 @@ def divergence(name: str, alpha: float | None = None) -> Objective:
     return lambda logps, other, _: token_divergence(name, logps - other, alpha=alpha)
 
 
+def distil(name: str) -> Objective:
+    return lambda logps, other, _: distillation.distillation_loss(name, logps, other, other)
+
+
+def trrd(anchor: str) -> Objective:
+    return lambda logps, other, advantages: clipped_surrogate(
+        distillation.trust_region_ratio(logps, other, other + 0.3, anchor=anchor),
+        advantages,
+        epsilon_low=0.2,
+        epsilon_high=0.28,
+    )
+
+
 OBJECTIVES: dict[str, Objective] = {
     "clipped_surrogate": surrogate(None),
     "clipped_surrogate_delta": surrogate(3.0),
@@ -37,6 +51,8 @@ OBJECTIVES: dict[str, Objective] = {
     "kl_k3": lambda logps, other, _: kl_k3(logps, other),
     **{name: divergence(name) for name in FORMS},
     "alpha": divergence("alpha", 0.5),
+    **{f"distillation_{name}": distil(name) for name in distillation.SAMPLED_ESTIMATORS},
+    **{f"trrd_{anchor}": trrd(anchor) for anchor in distillation.ANCHORS},
     "js_reference_half": lambda logps, other, _: js_reference_half(logps - other),
     "js_policy_half": lambda logps, other, _: js_policy_half(logps - other, importance_ratio(logps, other)),
 }
