@@ -62,8 +62,7 @@ class Job:
         """Whether a store of pre-sampled answers is needed."""
         return self.makes_pairs or any(resolved.takes_store for resolved in self.runs.values())
 
-    @property
-    def judge(self) -> rewards.Verifier:
+    def require_verifier(self) -> rewards.Verifier:
         """The verifier, where one is needed.
 
         Raises:
@@ -103,10 +102,8 @@ def prepare(recipe: Recipe) -> Job:
             if isinstance(reward, rewards.RewardFunction):
                 _require_columns(reward.verifier, train_rows[0], task.name)
     job = Job(recipe, task, verifier, train_rows, eval_rows, runs)
-    if job.presamples:
-        job.judge  # noqa: B018 - said before anything is sampled
-    if recipe.evaluation.calibration is not None and not task.pairs:
-        job.judge  # noqa: B018
+    if job.presamples or (recipe.evaluation.calibration is not None and not task.pairs):
+        job.require_verifier()
     if recipe.evaluation.divergence is not None:
         divergence.check(recipe.evaluation.divergence)
     return job
@@ -259,9 +256,7 @@ def _train_and_measure(
         stages.begin(f"train {label}")
         trained = train(job, resolved, model, engines, data, output_dir / label, workers)
         stages.begin(f"evaluate {label}")
-        measuring.measure(
-            label, str(trained), output_dir / label / "evaluation", implied=_implied(resolved, output_dir)
-        )
+        measuring.measure(label, str(trained), output_dir / label / "evaluation", implied=_implied(resolved.probe))
 
 
 def run_presample(recipe: Recipe, output_dir: Path) -> Path:
@@ -304,7 +299,7 @@ def run_evaluate(recipe: Recipe, model: str | None, output_dir: Path) -> None:
     Raises:
         UserError: the recipe is wrong, or the folder holds an evaluation of something else.
     """
-    from posttrain.evaluation import evaluate
+    from posttrain.evaluation import evaluate, measures
     from posttrain.evaluation.compare import compare
     from posttrain.evaluation.summary import table
 
@@ -325,7 +320,7 @@ def run_evaluate(recipe: Recipe, model: str | None, output_dir: Path) -> None:
     if workers.first:
         result = evaluate.load(output_dir)
         console = Console(highlight=False)
-        console.print(table(compare({label: result}, base=label)))
+        console.print(table(compare({label: result}, base=label, measures={label: measures.load(output_dir)})))
         console.print(f"evaluation: {output_dir}", soft_wrap=True)
 
 
@@ -365,7 +360,7 @@ def presample_policy(job: Job, model: str, engines: Engines, folder: Path, worke
         return presample(
             engine,
             job.train_rows,
-            job.judge,
+            job.require_verifier(),
             recipe.presample,
             max_tokens=recipe.rollout.max_tokens,
             training_temperature=recipe.rollout.temperature,
@@ -376,11 +371,10 @@ def presample_policy(job: Job, model: str, engines: Engines, folder: Path, worke
         )
 
 
-def _implied(resolved: Resolved, output_dir: Path) -> Any:
-    """How a method's implicit rewards follow from log-ratios; None where it has no `score_beta`."""
+def _implied(config: Any) -> Any:
+    """How a method's implicit rewards follow from log-ratios; None where its config has no `score_beta`."""
     from posttrain.evaluation.calibration import Implied
 
-    config = trainer_config(resolved, output_dir)
     beta = getattr(config, "score_beta", None)
     return None if beta is None else Implied(config.divergence, beta, config.alpha, config.edge)
 

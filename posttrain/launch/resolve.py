@@ -77,6 +77,7 @@ class Resolved:
         trainer_args: what the config class is built with, `output_dir` excepted.
         batch: the batch identity of one optimiser step.
         config_class, trainer_class: of the method.
+        probe: the config as one process that stands for all would build it.
     """
 
     recipe: Recipe
@@ -84,6 +85,7 @@ class Resolved:
     batch: BatchIdentity
     config_class: type[Any]
     trainer_class: type[Any]
+    probe: Any
 
     @property
     def method_class_name(self) -> str:
@@ -159,8 +161,8 @@ def resolve(recipe: Recipe) -> Resolved:
         # FSDP it would turn off; `trainer_config` knows another way.
         "use_cpu": not on_gpu and requested() not in ("fsdp1", "fsdp2"),
     }
-    _probe(config_class, trainer_args, batch, recipe.method.name)
-    return Resolved(recipe, trainer_args, batch, config_class, trainer_class)
+    probe = _probe(config_class, trainer_args, batch, recipe.method.name)
+    return Resolved(recipe, trainer_args, batch, config_class, trainer_class, probe)
 
 
 def _checked(args: dict[str, Any], config_class: type[Any], method: str) -> dict[str, Any]:
@@ -232,7 +234,7 @@ def _batch_identity(recipe: Recipe, merged: dict[str, Any]) -> BatchIdentity:
     return BatchIdentity(world, per_device, accumulation, steps, generations, answers // generations)
 
 
-def _probe(config_class: type[Any], trainer_args: dict[str, Any], batch: BatchIdentity, method: str) -> None:
+def _probe(config_class: type[Any], trainer_args: dict[str, Any], batch: BatchIdentity, method: str) -> Any:
     """Build the config once, as one process that stands for all, so that its own checks speak now."""
     probe = {
         **trainer_args,
@@ -254,6 +256,7 @@ def _probe(config_class: type[Any], trainer_args: dict[str, Any], batch: BatchId
             refuse_ignored_options(config)
     except ValueError as error:
         raise UserError(f"The method '{method}' refuses its arguments: {error}") from None
+    return config
 
 
 def require_devices(recipe: Recipe) -> None:
