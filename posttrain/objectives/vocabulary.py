@@ -405,6 +405,18 @@ def _hidden(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None)
     return hidden
 
 
+def head_factors(config: Any) -> tuple[float, float | None]:
+    """By what a model multiplies the output of its head, and its soft cap, from its text configuration."""
+    if config.model_type == "hyperclovax":
+        scale = config.logits_scaling
+    elif getattr(config, "logits_scaling", None) is not None:
+        scale = 1.0 / config.logits_scaling
+    else:
+        scales = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+        scale = next((value for value in scales if value is not None), 1.0)
+    return float(scale), getattr(config, "final_logit_softcapping", None)
+
+
 def _head(model: Any, input_ids: Tensor) -> Head:
     """The output head of a model, held to the model's own logits on one token.
 
@@ -413,15 +425,8 @@ def _head(model: Any, input_ids: Tensor) -> Head:
     """
     if model.training:
         raise UserError("the model is in training mode, where dropout changes what it says: call model.eval() first.")
-    layer, config = _causal(model).get_output_embeddings(), model.config.get_text_config()
-    if config.model_type == "hyperclovax":
-        scale = config.logits_scaling
-    elif getattr(config, "logits_scaling", None) is not None:
-        scale = 1.0 / config.logits_scaling
-    else:
-        scales = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
-        scale = next((value for value in scales if value is not None), 1.0)
-    head = Head(layer.weight, layer.bias, float(scale), getattr(config, "final_logit_softcapping", None))
+    layer = _causal(model).get_output_embeddings()
+    head = Head(layer.weight, layer.bias, *head_factors(model.config.get_text_config()))
     one = input_ids[:1, :1]
     wanted = at_least_float32(model(input_ids=one, use_cache=False).logits[0, -1:])
     found = _Distributions(_hidden(model, one)[0], head, 1.0, (1, 1)).logits(slice(None), slice(None))
