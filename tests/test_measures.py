@@ -295,10 +295,19 @@ def other_model(tiny_model: str, folder: Path) -> str:
 TEXTS = [["3+5*7", "1-2", "9"], ["4*4", "", "7-5-3+1"], ["2", "2*2", "8+8"]]
 
 
-def evaluated(folder: Path, fingerprint: str) -> Path:
-    """A finished evaluation as far as divergences look at it; the second sample of each problem is cut off."""
+def token_ids(tokenizer: Any, text: str, number: int) -> list[int]:
+    """Tokens of an answer; the second sample of each problem is cut off."""
+    ids: list[int] = tokenizer.convert_tokens_to_ids(list(text))
+    return ids if number == 1 else [*ids, tokenizer.eos_token_id]
+
+
+def evaluated(folder: Path, fingerprint: str, model: str) -> Path:
+    """A finished evaluation as far as divergences look at it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
     records = [
-        {"problem": problem, "sample": number, "text": text, "truncated": number == 1}
+        {"problem": problem, "sample": number, "token_ids": token_ids(tokenizer, text, number)}
         for problem, texts in enumerate(TEXTS)
         for number, text in enumerate(texts)
     ]
@@ -337,7 +346,7 @@ def test_divergences_equal_whole_softmaxes(tiny_model: str, tmp_path: Path) -> N
     from posttrain.rollouts.tokens import chat_ids
 
     moved = other_model(tiny_model, tmp_path / "moved")
-    base, run = evaluated(tmp_path / "base", "a1"), evaluated(tmp_path / "run", "b2")
+    base, run = evaluated(tmp_path / "base", "a1", tiny_model), evaluated(tmp_path / "run", "b2", tiny_model)
     apart(moved, tiny_model, run, base)
     divergence.finish(run)
     found = measures.load(run)
@@ -351,7 +360,7 @@ def test_divergences_equal_whole_softmaxes(tiny_model: str, tmp_path: Path) -> N
         tokens = 0
         for number, text in enumerate(texts[:2]):
             prompt = chat_ids(tokenizer, ROWS[problem]["prompt"], add_generation_prompt=True)
-            answer = tokenizer.convert_tokens_to_ids(list(text)) + ([tokenizer.eos_token_id] if number == 0 else [])
+            answer = token_ids(tokenizer, text, number)
             tokens += len(answer)
             for name, values in naive(policy, initial, prompt, answer).items() if answer else ():
                 sums[name] += math.fsum(values)
@@ -378,10 +387,10 @@ def test_divergence_of_adapters_is_that_of_the_merged_policy(tiny_model: str, tm
     )
     adapted.save_pretrained(tmp_path / "adapters")
     adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
-    base = evaluated(tmp_path / "base", "a1")
+    base = evaluated(tmp_path / "base", "a1", tiny_model)
     values = {}
     for name in ("adapters", "merged"):
-        run = evaluated(tmp_path / name / "evaluation", "b2")
+        run = evaluated(tmp_path / name / "evaluation", "b2", tiny_model)
         apart(str(tmp_path / name), tiny_model, run, base)
         divergence.finish(run)
         values[name] = measures.load(run)["forward_kl"].top
@@ -390,7 +399,7 @@ def test_divergence_of_adapters_is_that_of_the_merged_policy(tiny_model: str, tm
 
 
 def test_the_initial_policy_is_at_distance_zero_without_being_loaded(tiny_model: str, tmp_path: Path) -> None:
-    base = evaluated(tmp_path / "base", "a1")
+    base = evaluated(tmp_path / "base", "a1", tiny_model)
     apart("/nowhere", tiny_model, base, base)
     divergence.finish(base)
     found = measures.load(base)
@@ -402,9 +411,9 @@ def test_the_initial_policy_is_at_distance_zero_without_being_loaded(tiny_model:
 
 def test_a_killed_divergence_continues(tiny_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = other_model(tiny_model, tmp_path / "moved")
-    base = evaluated(tmp_path / "base", "a1")
+    base = evaluated(tmp_path / "base", "a1", tiny_model)
     monkeypatch.setattr(divergence, "_ANSWERS", 2)  # one problem per part
-    whole, killed, shared = (evaluated(tmp_path / name, "b2") for name in ("whole", "killed", "shared"))
+    whole, killed, shared = (evaluated(tmp_path / name, "b2", tiny_model) for name in ("whole", "killed", "shared"))
     apart(moved, tiny_model, whole, base)
     divergence.finish(whole)
 
@@ -455,7 +464,7 @@ def test_kl_per_answer_is_the_divergence_of_whole_answers(tiny_model: str, tmp_p
 
 
 def test_what_cannot_be_measured_is_refused(tiny_model: str, tmp_path: Path) -> None:
-    base = evaluated(tmp_path / "base", "a1")
+    base = evaluated(tmp_path / "base", "a1", tiny_model)
     with pytest.raises(UserError, match=r"'renyi' in evaluation.divergence.names is none that we know: choose from"):
         apart(tiny_model, tiny_model, base, base, settings=Divergence(names=["renyi"]))
     with pytest.raises(UserError, match=r"'alpha' .* has a parameter that cannot be set there"):

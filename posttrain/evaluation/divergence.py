@@ -10,8 +10,8 @@ limit, where they were sampled at temperature 1 without top-p. The other diverge
 under prefixes that the policy writes. Both distributions are the models' own softmax, whatever the answers were
 sampled at. The initial policy is at distance 0 by definition.
 
-An answer is tokenised from its text, after the prompt as the engine rendered it and before the end-of-sequence token,
-unless it was cut off. What a chat template adds after an answer is nothing the policy wrote and is not measured.
+The tokens are those that were sampled, after the prompt as the engine rendered it, the end-of-sequence token included
+where there is one. What a chat template adds after an answer is nothing the policy wrote and is not measured.
 
 Source: the divergence efficiency of f-DPO, arXiv 2309.16240. Differs: the sum over the vocabulary replaces the
 log-ratio of the sampled token; for `reverse_kl` it has the same mean and less noise.
@@ -41,7 +41,6 @@ from posttrain.recipe import Divergence
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from posttrain.rollouts.engine import Prompt
 
 KIND = "divergence"
 
@@ -104,9 +103,14 @@ def measure(
 
     @cache
     def samples() -> list[dict[str, Any]]:
-        table = pq.read_table(folder / "samples.parquet", columns=["problem", "sample", "text", "truncated"])
+        file = folder / "samples.parquet"
+        if "token_ids" not in pq.read_schema(file).names:
+            raise UserError(f"The evaluation in {folder} is of an older version and holds no tokens: evaluate again.")
+        table = pq.read_table(file, columns=["problem", "sample", "token_ids"])
         chosen: list[dict[str, Any]] = table.filter(pc.less(table["sample"], answers)).to_pylist()
         return chosen
+
+    from posttrain.rollouts.tokens import encode  # imports torch
 
     @cache
     def tokenizer() -> PreTrainedTokenizerBase:
@@ -122,7 +126,7 @@ def measure(
     def make(index: int) -> pa.Table:
         places = range(index * size, min((index + 1) * size, len(rows)))
         mine = [one for one in samples() if one["problem"] in places]
-        pairs = [_ids(tokenizer(), rows[one["problem"]]["prompt"], one["text"], one["truncated"]) for one in mine]
+        pairs = [(encode(tokenizer(), rows[one["problem"]]["prompt"]), one["token_ids"]) for one in mine]
         sums = {name: np.zeros(len(pairs)) for name in settings.names}
         if not itself:
             sums = sum_over_answers(*models(), pairs, settings.names)
@@ -168,15 +172,6 @@ def _identity(folder: Path) -> dict[str, Any]:
         )
     identity: dict[str, Any] = measures.read(path)["identity"]
     return identity
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, truncated: bool) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of an answer to it."""
-    from posttrain.rollouts.tokens import encode
-
-    answer: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    end: Any = tokenizer.eos_token_id
-    return encode(tokenizer, prompt), answer if truncated else [*answer, end]
 
 
 def _load(path: str, dtype: str, revision: str | None) -> Any:

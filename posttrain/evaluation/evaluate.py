@@ -55,6 +55,7 @@ SCHEMA = pa.schema(
         ("solutions", pa.int32()),  # null when the task does not count them
         ("sample", pa.int32()),
         ("text", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),  # as they were sampled, the end of the sequence included
         ("answer", pa.string()),  # what the verifier extracted, or the whole text where it extracts nothing
         ("correct", pa.bool_()),  # null without a verdict
         ("status", pa.string()),
@@ -322,6 +323,7 @@ def _record(row: tasks.Row, problem: int, number: int, sample: Sample, verdict: 
         "solutions": solutions if isinstance(solutions, int) else None,
         "sample": number,
         "text": sample.text,
+        "token_ids": sample.token_ids,
         "answer": answer,
         "correct": None if verdict.reward is None else verdict.reward == 1.0,
         "status": verdict.status,
@@ -361,8 +363,9 @@ def _write_document(output_dir: Path, document: Mapping[str, Any]) -> None:
 
 def _result(output_dir: Path, document: Mapping[str, Any]) -> EvaluationResult:
     try:
-        # the texts are the bulk of the file and nothing here reads them
-        table = pq.read_table(output_dir / "samples.parquet", columns=[f.name for f in SCHEMA if f.name != "text"])
+        # texts and tokens are the bulk of the file and nothing here reads them
+        wanted = [field.name for field in SCHEMA if field.name not in ("text", "token_ids")]
+        table = pq.read_table(output_dir / "samples.parquet", columns=wanted)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"samples.parquet in {output_dir} is damaged ({error}): delete it and evaluate again."
