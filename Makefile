@@ -26,8 +26,9 @@ lint: install ## ruff, mypy --strict and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: install ## time of a training step, against TRL; tokens per second of the engines, against vLLM
+bench: install ## training steps against TRL, vocabulary divergences against plain ones, engines against vLLM
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.preference
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engines
 
 rehearse: ## the lines of docker/Dockerfile.cpu without a Docker engine (as root, with debootstrap)

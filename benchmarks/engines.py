@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
+from benchmarks.turns import quartiles, rotated, spread, timed
 from posttrain import atomic, rewards, tasks
 from posttrain.launch.pipeline import quiet_libraries
 from posttrain.launch.provenance import machine
@@ -99,28 +100,18 @@ def throughput(model: str, prompts_drawn: int, rounds: int, folder: Path, bar: B
         return sum(len(ids) for ids in drawn) / seconds
 
     speeds: dict[str, list[float]] = {"raw vLLM": [], "pre-sampling": []}
+    turns: list[tuple[str, Callable[[int], float]]] = [("raw vLLM", raw), ("pre-sampling", presampled)]
     for number in range(rounds + 1):
-        turns: list[tuple[str, Callable[[int], float]]] = [("raw vLLM", raw), ("pre-sampling", presampled)]
-        for name, turn in turns if number % 2 else turns[::-1]:
+        for name, turn in rotated(turns, number):
             speed = turn(number)
             if number:  # round 0 warms up
                 speeds[name].append(speed)
         bar.advance(1)
     ours.close()
-    low, middle, high = statistics.quantiles(
-        (b / a for a, b in zip(speeds["raw vLLM"], speeds["pre-sampling"], strict=True)), n=4
-    )
     return {
         "tokens_per_second": {name: statistics.median(values) for name, values in speeds.items()},
-        "ratio": {"median": middle, "q1": low, "q3": high},
+        "ratio": quartiles(speeds["pre-sampling"], speeds["raw vLLM"]),
     }
-
-
-def timed(make: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and what came out."""
-    start = perf_counter()
-    made = make()
-    return perf_counter() - start, made
 
 
 def engines(model: str, rounds: int) -> dict[str, Any]:
@@ -185,10 +176,7 @@ def _show(result: dict[str, Any]) -> None:
     times = Table("model", "engine", "start, s", "sync, ms", title="start and sync")
     for label, numbers in result["models"].items():
         raw, ours = numbers["tokens_per_second"].values()
-        ratio = numbers["ratio"]
-        speeds.add_row(
-            label, f"{raw:,.0f}", f"{ours:,.0f}", f"{ratio['median']:.3f}", f"{ratio['q1']:.3f} – {ratio['q3']:.3f}"
-        )
+        speeds.add_row(label, f"{raw:,.0f}", f"{ours:,.0f}", *spread(numbers["ratio"]))
         for engine, seconds in numbers["engines"].items():
             times.add_row(label, engine, f"{seconds['start_seconds']:.1f}", f"{1e3 * seconds['sync_seconds']:.1f}")
     console = Console()

@@ -25,6 +25,7 @@ from rich.table import Table
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLTrainer
 
+from benchmarks.turns import quartiles, rotated, spread
 from posttrain import atomic, tasks
 from posttrain.launch.pipeline import quiet_libraries
 from posttrain.launch.provenance import machine
@@ -169,8 +170,7 @@ def main() -> None:
         turns: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         with Bar("step", options.rounds, "rounds") as bar:
             for number in range(options.rounds + 1):
-                order = names[number % len(names) :] + names[: number % len(names)]
-                for name in order:
+                for name in rotated(names, number):
                     measured = watches[name].turn(number)
                     if number:  # round 0 warms up
                         turns[name].append(measured)
@@ -192,19 +192,16 @@ def main() -> None:
                 for name in names
             },
             "ratios": {
-                label: {what: _quartiles(turns[one], turns[other], what) for what in ("step", "update")}
+                label: {
+                    what: quartiles((turn[what] for turn in turns[one]), (turn[what] for turn in turns[other]))
+                    for what in ("step", "update")
+                }
                 for label, (one, other) in PAIRS.items()
             },
         }
     atomic.write_json(options.output, result)
     _show(result)
     print(f"written to {options.output}")
-
-
-def _quartiles(one: list[dict[str, float]], other: list[dict[str, float]], what: str) -> dict[str, float]:
-    """Median and quartiles of the ratio of two trainers in the same round."""
-    low, middle, high = statistics.quantiles((a[what] / b[what] for a, b in zip(one, other, strict=True)), n=4)
-    return {"median": middle, "q1": low, "q3": high}
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -220,7 +217,7 @@ def _show(result: dict[str, Any]) -> None:
     ratios = Table("ratio", "of", "median", "quartiles", title="ratios, round by round")
     for label, both in result["ratios"].items():
         for what, numbers in both.items():
-            ratios.add_row(label, what, f"{numbers['median']:.3f}", f"{numbers['q1']:.3f} – {numbers['q3']:.3f}")
+            ratios.add_row(label, what, *spread(numbers))
     console = Console()
     console.print(table)
     console.print(ratios)
