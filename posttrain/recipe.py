@@ -135,6 +135,30 @@ class Method(Section):
         return self.called or self.name
 
 
+class Teacher(Section):
+    """What distillation learns from beside the verifier: a model that exists (`path`), or one that is made here."""
+
+    path: str | None = None
+    """Folder, or name on the Hugging Face hub."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of its weights; default the model's."""
+    warm_start: WarmStart | None = None
+    """Made from nothing on the run's task, as `model.warm_start`."""
+    method: Method | None = None
+    """Trains a teacher that was made here, on the run's prompts and rewards; default none."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Teacher:
+        if (self.path is None) == (self.warm_start is None):
+            raise ValueError("name exactly one source: path (a model that exists) or warm_start (one made here)")
+        if self.path is not None and self.method is not None:
+            raise ValueError("method trains a teacher that is made here: remove it, or give warm_start instead of path")
+        if self.warm_start is not None and self.revision is not None:
+            raise ValueError("revision has no effect on a warm-started teacher: remove it")
+        return self
+
+
 class Baseline(Section):
     """Another method beside the main one. It takes over every argument of `method.args` that its config class knows."""
 
@@ -395,6 +419,8 @@ class Recipe(Section):
     rewards: list[Reward] = Field(default_factory=list)
     """Default: the verifier of the task, weight 1."""
     method: Method
+    teacher: Teacher | None = None
+    """For methods that distil; evaluated beside them as `teacher`."""
     presample: Presample = Field(default_factory=Presample)
     pairs: Pairs = Field(default_factory=Pairs)
     rollout: Rollout = Field(default_factory=Rollout)
@@ -423,7 +449,13 @@ class Recipe(Section):
                     f"a sweep cannot vary {key}, only method.args and seed: its runs share model, data and evaluation, "
                     "or they could not be compared; start a run for each value instead"
                 )
-        labels = ["base", *(baseline.label for baseline in self.baselines), *(self.cells or [self.method.label])]
+        teachers = ["teacher"] if self.teacher is not None else []
+        labels = [
+            "base",
+            *teachers,
+            *(baseline.label for baseline in self.baselines),
+            *(self.cells or [self.method.label]),
+        ]
         if len(self.cells) < math.prod(len(values) for values in self.sweep.values()) and self.sweep:
             raise ValueError("two combinations of the sweep are the same")
         twice = next((label for label in labels if labels.count(label) > 1), None)

@@ -505,6 +505,7 @@ def main(model: str, output: str) -> None:
         found = {"loss": loss, "gradient": gradient, "advantages": advantages, "tables": tables, "metrics": metrics}
         torch.save(found, output)
     if world > 1:
+        torch.distributed.barrier()  # nobody leaves while another still writes
         torch.distributed.destroy_process_group()
 
 

@@ -232,21 +232,6 @@ class FDPGTrainer(OnPolicyTrainer):
         metrics["kl"] = tokens.logps - tokens.extra["ref_logps"]
         return per_token, metrics
 
-    def _old_logps(self, batch: dict[str, Any]) -> Tensor:
-        """log π_old [B, T], from TRL's generation where it has them."""
-        if "old_per_token_logps" in batch:
-            known: Tensor = batch["old_per_token_logps"]
-            return known
-        logps: Tensor
-        logps, _, _ = self._get_per_token_logps_and_entropies(
-            self.model,
-            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-            batch["completion_ids"].size(1),
-            batch_size=self.args.per_device_train_batch_size,
-        )
-        return logps
-
     def _show(self, advantages: Tensor) -> None:
         """Put what trains in the place of TRL's advantages in its table of completions."""
         shown: Any = self._logs["advantages"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ from posttrain.launch.provenance import provenance
 from posttrain.launch.resolve import Resolved, every_run, resolve, trainer_config
 from posttrain.launch.spawn import configuration
 from posttrain.launch.workers import Workers, launched
-from posttrain.recipe import Lora, Model, Recipe, WarmStart
+from posttrain.recipe import Lora, Model, Recipe, Teacher, WarmStart
 from posttrain.versions import untested
 
-BASE = "base"
+BASE, TEACHER = "base", "teacher"
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Job:
     eval_rows: list[tasks.Row]
     runs: dict[str, Resolved]
     """Every method to train, by label; baselines first, the main one last."""
+    teacher: Resolved | None
+    """How the teacher is trained, where the recipe makes and trains one."""
 
     @property
     def makes_pairs(self) -> bool:
@@ -81,9 +83,10 @@ def prepare(recipe: Recipe) -> Job:
     """Check everything that can be checked without weights.
 
     Raises:
-        UserError: anything is wrong with the recipe, its task, its rewards or its baselines.
+        UserError: anything is wrong with the recipe, its task, its rewards, its teacher or its baselines.
     """
     runs = {label: resolve(other) for label, other in every_run(recipe).items()}
+    teacher = _resolve_teacher(recipe, runs)
     _require_readable(recipe.model)
     require_engine(recipe)
     task = tasks.load(recipe.task.name, recipe.task.options)
@@ -101,12 +104,56 @@ def prepare(recipe: Recipe) -> Job:
         for reward in reward_functions(recipe, task):
             if isinstance(reward, rewards.RewardFunction):
                 _require_columns(reward.verifier, train_rows[0], task.name)
-    job = Job(recipe, task, verifier, train_rows, eval_rows, runs)
+    job = Job(recipe, task, verifier, train_rows, eval_rows, runs, teacher)
     if job.presamples or (recipe.evaluation.calibration is not None and not task.pairs):
         job.require_verifier()
     if recipe.evaluation.divergence is not None:
         divergence.check(recipe.evaluation.divergence)
     return job
+
+
+def _resolve_teacher(recipe: Recipe, runs: Mapping[str, Resolved]) -> Resolved | None:
+    """How the teacher is trained; None where it is taken as it is, or there is none.
+
+    Raises:
+        UserError: a method needs a teacher that the recipe lacks, or none needs the one that it has.
+    """
+    pupils = [label for label, resolved in runs.items() if resolved.takes_teacher]
+    if recipe.teacher is None:
+        if pupils:
+            raise UserError(
+                f"The run '{pupils[0]}' distils and needs a teacher: add the section teacher, with path or warm_start."
+            )
+        return None
+    if not pupils:
+        raise UserError(f"No run learns from the teacher: remove it, or take another method than {', '.join(runs)}.")
+    if recipe.teacher.path is not None:
+        _require_readable(Model(path=recipe.teacher.path, revision=recipe.teacher.revision))
+    if recipe.teacher.method is None:
+        return None
+    if recipe.rollout.engine != "transformers":
+        raise UserError(
+            "A teacher that the run trains has another shape than the policy, so one vLLM cannot serve both: set "
+            "rollout.engine=transformers, or train the teacher in a run of its own and name its folder (teacher.path)."
+        )
+    resolved = resolve(_recipe_of_teacher(recipe, recipe.teacher))
+    if resolved.takes_store or resolved.takes_pairs or resolved.takes_teacher:
+        raise UserError(
+            f"teacher.method '{recipe.teacher.method.name}' needs more than prompts: take grpo, for instance."
+        )
+    return resolved
+
+
+def _recipe_of_teacher(recipe: Recipe, teacher: Teacher) -> Recipe:
+    """The run's own recipe, with the teacher in the place of the policy."""
+    model = Model(
+        path=teacher.path,
+        revision=teacher.revision,
+        dtype=teacher.dtype or recipe.model.dtype,
+        warm_start=teacher.warm_start,
+    )
+    method = teacher.method or recipe.method
+    return recipe.model_copy(update={"model": model, "method": method, "teacher": None, "baselines": [], "sweep": {}})
 
 
 def _require_readable(model: Model) -> None:
@@ -209,7 +256,7 @@ def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None
         _claim(output_dir, recipe, resume)
         atomic.write_json(output_dir / "provenance.json", provenance(recipe, command, workers.world))
     say = Console(stderr=True, quiet=not workers.first, highlight=False)
-    stages = _Stages(say, 3 + 2 * len(job.runs) + job.presamples + job.makes_pairs)
+    stages = _Stages(say, 3 + 2 * len(job.runs) + job.presamples + job.makes_pairs + (recipe.teacher is not None))
 
     stages.begin("initial policy")
     model = initial_policy(job, workers)
@@ -230,6 +277,10 @@ def _train_and_measure(
 ) -> None:
     """Everything between the initial policy and the report."""
     measuring = Measuring(job, model, engines, output_dir / BASE / "evaluation", workers)
+    teacher = None
+    if job.recipe.teacher is not None and job.recipe.teacher.path is not None:
+        teacher = job.recipe.teacher.path
+        _check_teacher(job, teacher, model, engines)  # before anything slow
     stages.begin(f"evaluate {BASE}")
     measuring.measure(BASE, model, output_dir / BASE / "evaluation")
     store, pairs = None, None
@@ -251,7 +302,13 @@ def _train_and_measure(
     if store is not None and job.makes_pairs:
         stages.begin("pairs")
         pairs = build_pairs(job, model, store, output_dir / "pairs", workers)
-    data = Data(store, pairs)
+    if job.recipe.teacher is not None:
+        stages.begin(TEACHER)
+        if teacher is None:
+            teacher = _make_teacher(job, job.recipe.teacher, engines, output_dir / TEACHER, workers)
+            _check_teacher(job, teacher, model, engines)
+        measuring.measure(TEACHER, teacher, output_dir / TEACHER / "evaluation")
+    data = Data(store, pairs, teacher)
     for label, resolved in job.runs.items():
         stages.begin(f"train {label}")
         trained = train(job, resolved, model, engines, data, output_dir / label, workers)
@@ -381,12 +438,14 @@ def _implied(config: Any) -> Any:
 
 @dataclass(frozen=True)
 class Data:
-    """What some methods learn from beside prompts: pre-sampled answers, and preference pairs made of them."""
+    """What some methods learn from beside prompts: pre-sampled answers, pairs made of them, a teacher."""
 
     store: Any = None
     """A `posttrain.rollouts.store.Store`."""
     pairs: Any = None
     """A `posttrain.rollouts.pairs.PairSet`."""
+    teacher: str | None = None
+    """Path or hub name of the teacher."""
 
 
 def train(
@@ -447,6 +506,8 @@ def _trainer(job: Job, resolved: Resolved, engines: Engines, data: Data, **optio
         return resolved.trainer_class(train_dataset=pairs, **options)
     if resolved.takes_store:
         options["store"] = data.store
+    if resolved.takes_teacher:
+        options["teacher"] = _teacher(recipe, data.teacher)
     return resolved.trainer_class(
         reward_funcs=reward_functions(recipe, job.task),
         train_dataset=Dataset.from_list(job.train_rows),
@@ -454,6 +515,49 @@ def _trainer(job: Job, resolved: Resolved, engines: Engines, data: Data, **optio
         sampler_gap_limit=recipe.rollout.sampler_gap_limit,
         lora_sync=recipe.rollout.lora_sync,
         **options,
+    )
+
+
+def _teacher(recipe: Recipe, path: str | None) -> Any:
+    """The teacher beside the trainer (`posttrain.rollouts.teacher.Teacher`)."""
+    from posttrain.rollouts.teacher import ModelTeacher
+
+    section = recipe.teacher
+    if section is None or path is None:
+        raise ValueError("a method that distils was started without its teacher.")
+    revision = section.revision if path == section.path else None
+    return ModelTeacher.load(path, dtype=section.dtype or recipe.model.dtype, revision=revision, batch_size=64)
+
+
+def _make_teacher(job: Job, teacher: Teacher, engines: Engines, folder: Path, workers: Workers) -> str:
+    """Folder of a teacher from nothing: warm-started, and trained by its method where it has one."""
+    own = replace(job, recipe=_recipe_of_teacher(job.recipe, teacher))
+    initial = initial_policy(own, workers)
+    if job.teacher is None:
+        return initial
+    return str(train(own, job.teacher, initial, engines, Data(), folder, workers))
+
+
+def _check_teacher(job: Job, teacher: str, model: str, engines: Engines) -> None:
+    """Refuse a teacher of another tokenizer, end of sequence, chat template or too short a context.
+
+    Raises:
+        UserError: it cannot teach this policy.
+    """
+    from transformers import AutoTokenizer
+
+    from posttrain.rollouts.teacher import check_teacher
+
+    recipe, section = job.recipe, job.recipe.teacher
+    revision = recipe.model.revision if model == recipe.model.path else None
+    pupils = [resolved.probe for resolved in job.runs.values() if resolved.takes_teacher]
+    check_teacher(
+        teacher,
+        AutoTokenizer.from_pretrained(model, revision=revision),
+        length=engines.needed_length,
+        mask_eos=all(getattr(config, "kd_mask_eos", False) for config in pupils),
+        temperature=recipe.rollout.temperature,
+        revision=section.revision if section is not None and teacher == section.path else None,
     )
 
 
@@ -509,7 +613,8 @@ def report(job: Job, output_dir: Path, command: str) -> None:
     from posttrain.evaluation.report import write_report
     from posttrain.evaluation.sweep import orderings
 
-    folders = {label: output_dir / label / "evaluation" for label in (BASE, *job.runs)}
+    teacher = [TEACHER] if job.recipe.teacher is not None else []
+    folders = {label: output_dir / label / "evaluation" for label in (BASE, *teacher, *job.runs)}
     comparison = compare(
         {label: evaluate.load(folder) for label, folder in folders.items()},
         base=BASE,

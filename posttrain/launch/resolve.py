@@ -98,6 +98,11 @@ class Resolved:
         return "store" in inspect.signature(self.trainer_class.__init__).parameters
 
     @property
+    def takes_teacher(self) -> bool:
+        """Whether the trainer learns from a teacher."""
+        return "teacher" in inspect.signature(self.trainer_class.__init__).parameters
+
+    @property
     def takes_pairs(self) -> bool:
         """Whether the trainer learns from preference pairs, and neither samples nor verifies."""
         return bool(getattr(self.trainer_class, "takes_pairs", False))

@@ -13,6 +13,7 @@ micro-batch. Everything that TRL logs while generating (rewards, lengths, …) i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
+from posttrain.errors import UserError
 from posttrain.objectives.policy import (
     SAMPLER_CORRECTIONS,
     clipped_surrogate,
@@ -30,6 +32,7 @@ from posttrain.objectives.policy import (
 from posttrain.objectives.reduce import LOSS_TYPES, reduce, token_mean
 from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.replay import Draw, Replay
+from posttrain.rollouts.teacher import Teacher, TeacherScores, unpadded
 from posttrain.seams.rollout import DEFAULT_GAP_LIMIT, Gap, Rollouts, engine_of
 from posttrain.seams.sharding import RequireSharding
 
@@ -114,6 +117,8 @@ class OnPolicyTrainer(GRPOTrainer):
     """Stored rows per optimiser step, over all processes."""
     rehearsal_weight: float = 0.0
     """Factor on the token mean over a step's stored rows."""
+    teacher: Teacher | None = None
+    """Scores every rollout batch that `asks_teacher` wants scored, once, while TRL computes rewards."""
     raw_rewards: Tensor
     """For `annotate`: the weighted sum of the rewards of each of this process's answers [B], neither centred nor
     scaled; NaN where no reward function could score the answer."""
@@ -148,6 +153,8 @@ class OnPolicyTrainer(GRPOTrainer):
             self.add_callback(RequireSharding())
         self._extra_keys: tuple[str, ...] = ()
         self._window: tuple[int, int] = (-1, -1)
+        self._rows: Sequence[Mapping[str, Any]] = ()
+        self._scoring: Future[TeacherScores] | None = None
         if wants_engine:
             rollouts = engine_of(self.args, self.model)
         self._rollouts = Rollouts(self, rollouts, lora_sync) if rollouts is not None else None
@@ -200,7 +207,35 @@ class OnPolicyTrainer(GRPOTrainer):
         """Loss per token [B, T] of stored answers, to be minimised, and metrics per token."""
         raise NotImplementedError(f"{type(self).__name__} has a replay but no rehearsal objective.")
 
-    # ------------------------------------------------------------------ the five methods of TRL that we stand on
+    def asks_teacher(self) -> bool:
+        """Whether the coming rollout batch is scored by the teacher."""
+        return self.teacher is not None
+
+    def teacher_scores(self, batch: Mapping[str, Tensor], rows: Sequence[Mapping[str, Any]]) -> TeacherScores:
+        """For `annotate`: what the teacher says of the rollouts, [B, T] as `completion_ids`, at their temperature.
+
+        Raises:
+            UserError: a log-prob is not finite, or as `Teacher.score`.
+        """
+        if self.teacher is None:
+            raise ValueError(f"{type(self).__name__} has no teacher.")
+        scoring, self._scoring = self._scoring, None
+        if scoring is None:
+            scores = self.teacher.score(*unpadded(batch), rows, temperature=self.temperature)
+        else:
+            scores = scoring.result()
+        if not bool(scores.logps.isfinite().all()):
+            raise UserError("The teacher's log-probs are not finite: look at its weights and its dtype.")
+        return scores.fitted(batch["completion_ids"])
+
+    # ------------------------------------------------------------------ the six methods of TRL that we stand on
+
+    def _generate(self, prompts: Any) -> Any:
+        generated: Any = super()._generate(prompts)
+        if self.teacher is not None and self.asks_teacher():
+            prompt_ids, completion_ids = generated[:2]
+            self._scoring = self.teacher.submit(prompt_ids, completion_ids, self._rows, temperature=self.temperature)
+        return generated
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
         if self._rollouts is None:
@@ -216,6 +251,7 @@ class OnPolicyTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rows = inputs
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
         with torch.no_grad():
             extra = self.annotate(batch, inputs)
@@ -276,6 +312,21 @@ class OnPolicyTrainer(GRPOTrainer):
         return loss
 
     # ------------------------------------------------------------------ parts of the above
+
+    def _old_logps(self, batch: dict[str, Any]) -> Tensor:
+        """log π_old [B, T] for `annotate`, from TRL's generation where it has them, else by one more forward."""
+        if "old_per_token_logps" in batch:
+            known: Tensor = batch["old_per_token_logps"]
+            return known
+        logps: Tensor
+        logps, _, _ = self._get_per_token_logps_and_entropies(
+            self.model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].size(1),
+            batch_size=self.args.per_device_train_batch_size,
+        )
+        return logps
 
     def _tokens(self, inputs: dict[str, Any], logps: Tensor, entropy: Tensor) -> Tokens:
         mask = inputs["completion_mask"]
