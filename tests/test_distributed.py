@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import TrainerControl
 
+from posttrain.seams.callbacks import StopOnInterrupt
 from tests.oracle import make_store
 from tests.processes import ROOT, finish
 from tests.test_pipeline import write
@@ -102,6 +105,28 @@ def test_whole_job_in_two_processes(tmp_path: Path) -> None:
         assert (tmp_path / run / "report.html").is_file()
         history = json.loads((tmp_path / run / "dph_rl/history.json").read_text())
         assert [entry["step"] for entry in history if "reward" in entry] == [1, 2, 3]
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vote of a step is cast before the signal and counted after it: the next step must stop."""
+    stop = StopOnInterrupt()
+    votes: list[int] = []
+
+    def all_reduce(vote: torch.Tensor, op: object) -> None:
+        votes.append(int(vote))
+        if len(votes) == 1:
+            stop._handle(signal.SIGINT, None)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    arguments = SimpleNamespace(device="cpu")
+    stopped = []
+    for _ in range(2):
+        control = TrainerControl()
+        stop.on_step_end(arguments, None, control)
+        stopped.append((control.should_training_stop, control.should_save, stop.interrupted))
+    assert votes == [0, 1]
+    assert stopped == [(False, False, False), (True, True, True)]
 
 
 def test_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path) -> None:

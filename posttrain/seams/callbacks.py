@@ -62,12 +62,15 @@ class StopOnInterrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.interrupted = False
+        """Whether all processes have agreed to stop."""
+        self._asked = False
+        """Whether a signal has reached this one. Apart: it can come while they agree, and must outlast that."""
         self._previous: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.interrupted:
+        if self._asked:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self._asked = True
         print("\nStopping after this step and saving a checkpoint (once more to stop at once).", flush=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -78,8 +81,9 @@ class StopOnInterrupt(TrainerCallback):
                 return
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.interrupted = self._asked
         if torch.distributed.is_initialized():
-            asked = torch.tensor(int(self.interrupted), device=args.device)
+            asked = torch.tensor(int(self._asked), device=args.device)
             torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
             self.interrupted = bool(asked.item())
         if self.interrupted:
