@@ -18,32 +18,10 @@ from trl import GRPOConfig
 from trl import GRPOTrainer as TRLTrainer
 
 from posttrain.errors import UserError
-from posttrain.rollouts.teacher import ModelTeacher, TeacherScores
 from posttrain.seams.on_policy import Tokens
 from posttrain.trainers.rlad import RLADConfig, RLADTrainer
 from tests.oracle import arguments, batch, dataset, length_reward, value_and_gradient
-
-
-def other_model(path: str, scale: float = 0.1) -> Any:
-    """The same model with noise on its weights."""
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
-class Counting(ModelTeacher):
-    """A model whose log-probs are moved by `shift`, and which counts how often it is asked."""
-
-    shift: Any = 0.0
-    calls = 0
-
-    def score(self, *arguments: Any, **options: Any) -> TeacherScores:
-        self.calls += 1
-        scores = super().score(*arguments, **options)
-        return replace(scores, logps=(scores.logps + self.shift) * scores.mask)
+from tests.teachers import Shifted, other_model
 
 
 def build(model: str, folder: Path, teacher: Any = None, **changes: Any) -> Any:
@@ -52,7 +30,7 @@ def build(model: str, folder: Path, teacher: Any = None, **changes: Any) -> Any:
         reward_funcs=length_reward,
         args=RLADConfig(**arguments(folder, **changes)),
         train_dataset=dataset(),
-        teacher=teacher or Counting(other_model(model)),
+        teacher=teacher or Shifted(other_model(model)),
     )
 
 
@@ -111,7 +89,7 @@ def test_alpha_of_one_is_grpo(tiny_model: str, tmp_path: Path, anchor: str, loss
 def test_a_teacher_that_is_the_student_leaves_the_ratio_at_one(tiny_model: str, tmp_path: Path) -> None:
     """At θ_old, r = 1: the loss is that of GRPO, and so is its gradient (α + 1 − α)."""
     same: Any = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    trainer = build(tiny_model, tmp_path, Counting(same))
+    trainer = build(tiny_model, tmp_path, Shifted(same))
     inputs = batch(trainer, seed=2, beta=0.0, sampler=False)
     del inputs["old_per_token_logps"]
     inputs = annotated(trainer, inputs)
@@ -229,13 +207,13 @@ def test_a_teacher_without_effect_is_refused(tiny_model: str, tmp_path: Path) ->
             reward_funcs=length_reward,
             args=RLADConfig(**arguments(tmp_path)),
             train_dataset=dataset(),
-            teacher=Counting(other_model(tiny_model)),
+            teacher=Shifted(other_model(tiny_model)),
         )
 
 
 def test_exactly_one_teacher_forward_per_rollout_batch(tiny_model: str, tmp_path: Path) -> None:
     """Two steps of two micro-batches; a run of whole steps, with finite losses."""
-    teacher = Counting(other_model(tiny_model), batch_size=64)
+    teacher = Shifted(other_model(tiny_model), batch_size=64)
     forwards: list[int] = []
     teacher.model.register_forward_hook(lambda *_: forwards.append(1))
     trainer = build(tiny_model, tmp_path, teacher, gradient_accumulation_steps=2)
