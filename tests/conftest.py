@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,15 @@ import jaxtyping
 
 # Objectives only: in trainers the hook would type-check the configs too, and TRL passes ints to its own float fields.
 jaxtyping.install_import_hook("posttrain.objectives", "beartype.beartype")
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty POSTTRAIN_CACHE for the tests of one module."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POSTTRAIN_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -66,15 +65,8 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("cache")
-    before = os.environ.get("POSTTRAIN_CACHE")
-    os.environ["POSTTRAIN_CACHE"] = str(folder)
-    yield folder
-    if before is None:
-        del os.environ["POSTTRAIN_CACHE"]
-    else:
-        os.environ["POSTTRAIN_CACHE"] = before
+def cache(own_cache: Path) -> Path:
+    return own_cache
 
 
 def load(changes: dict[str, Any] | None = None) -> recipes.Recipe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +46,8 @@ SMALL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    before = os.environ.get("POSTTRAIN_CACHE")
-    os.environ["POSTTRAIN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is None:
-        del os.environ["POSTTRAIN_CACHE"]
-    else:
-        os.environ["POSTTRAIN_CACHE"] = before
+def cache(own_cache: Path) -> Path:
+    return own_cache
 
 
 def load(changes: dict[str, Any] | None = None) -> recipes.Recipe:

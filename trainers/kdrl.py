@@ -50,7 +50,7 @@ from posttrain.objectives.distillation import (
     teacher_reward,
 )
 from posttrain.objectives.divergences import MAX_LOG_RATIO_CLAMP
-from posttrain.rollouts.teacher import Teacher, require_effect
+from posttrain.rollouts.teacher import Teacher
 from posttrain.seams.on_policy import GRPOConfig, Metrics, OnPolicyTrainer, Tokens
 
 FORMS = ("loss", "advantage", "reward")
@@ -273,10 +273,7 @@ class KDRLTrainer(OnPolicyTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = KDRLConfig(f"{Path(name).name}-KDRL")
         super().__init__(model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
-        if self._is_vlm:
-            raise ValueError("Teachers read no images here: use a text-only model.")
-        self.teacher = teacher
-        require_effect(self._probe, torch.linspace(-3.0, -0.5, 12).view(4, 3))
+        self.take_teacher(teacher, self._probe)
 
     def asks_teacher(self) -> bool:
         """As long as β is not 0."""

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from posttrain.objectives.distillation import check_trust_region, trust_region_ratio
 from posttrain.objectives.policy import clipped_surrogate, importance_ratio
-from posttrain.rollouts.teacher import Teacher, require_effect
+from posttrain.rollouts.teacher import Teacher
 from posttrain.seams.on_policy import GRPOConfig, Metrics, OnPolicyTrainer, Tokens
 
 QUANTILES = {"trrd/ratio_p05": 0.05, "trrd/ratio_p50": 0.5, "trrd/ratio_p95": 0.95}
@@ -113,10 +113,7 @@ class RLADTrainer(OnPolicyTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = RLADConfig(f"{Path(name).name}-RLAD")
         super().__init__(model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
-        if self._is_vlm:
-            raise ValueError("Teachers read no images here: use a text-only model.")
-        self.teacher = teacher
-        require_effect(self._probe, torch.linspace(-3.0, -0.5, 12).view(4, 3))
+        self.take_teacher(teacher, self._probe)
 
     def annotate(self, batch: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """log π_T [B, T], and where the teacher has scored."""

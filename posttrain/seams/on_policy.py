@@ -12,7 +12,7 @@ micro-batch. Everything that TRL logs while generating (rewards, lengths, …) i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,7 @@ from posttrain.objectives.policy import (
 from posttrain.objectives.reduce import LOSS_TYPES, reduce, token_mean
 from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.replay import Draw, Replay
-from posttrain.rollouts.teacher import Teacher, TeacherScores, unpadded
+from posttrain.rollouts.teacher import Teacher, TeacherScores, require_effect, unpadded
 from posttrain.seams.rollout import DEFAULT_GAP_LIMIT, Gap, Rollouts, engine_of
 from posttrain.seams.sharding import RequireSharding
 
@@ -206,6 +206,18 @@ class OnPolicyTrainer(GRPOTrainer):
     def rehearsal(self, tokens: StoredTokens) -> tuple[Tensor, Metrics]:
         """Loss per token [B, T] of stored answers, to be minimised, and metrics per token."""
         raise NotImplementedError(f"{type(self).__name__} has a replay but no rehearsal objective.")
+
+    def take_teacher(self, teacher: Teacher, loss: Callable[[Tensor], Tensor]) -> None:
+        """Learn from a teacher that `loss`, of its log-probs [4, 3] on made-up answers, must react to.
+
+        Raises:
+            ValueError: the model takes images.
+            UserError: the loss does not.
+        """
+        if self._is_vlm:
+            raise ValueError("Teachers read no images here: use a text-only model.")
+        self.teacher = teacher
+        require_effect(loss, torch.linspace(-3.0, -0.5, 12).view(4, 3))
 
     def asks_teacher(self) -> bool:
         """Whether the coming rollout batch is scored by the teacher."""
