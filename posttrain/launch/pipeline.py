@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from posttrain import atomic, rewards, tasks
 from posttrain import recipe as recipes
 from posttrain.errors import UserError
 from posttrain.evaluation import divergence
+from posttrain.launch import teaching
 from posttrain.launch.engines import Engines, require_engine
 from posttrain.launch.measuring import Measuring
 from posttrain.launch.provenance import provenance
-from posttrain.launch.resolve import Resolved, every_run, resolve, trainer_config
+from posttrain.launch.resolve import Resolved, every_run, require_readable, resolve, trainer_config
 from posttrain.launch.spawn import configuration
 from posttrain.launch.workers import Workers, launched
-from posttrain.recipe import Lora, Model, Recipe, Teacher, WarmStart
+from posttrain.recipe import Lora, Recipe, Teacher, WarmStart
 from posttrain.versions import untested
 
 BASE, TEACHER = "base", "teacher"
@@ -86,8 +87,8 @@ def prepare(recipe: Recipe) -> Job:
         UserError: anything is wrong with the recipe, its task, its rewards, its teacher or its baselines.
     """
     runs = {label: resolve(other) for label, other in every_run(recipe).items()}
-    teacher = _resolve_teacher(recipe, runs)
-    _require_readable(recipe.model)
+    teacher = teaching.resolve_teacher(recipe, runs)
+    require_readable(recipe.model)
     require_engine(recipe)
     task = tasks.load(recipe.task.name, recipe.task.options)
     verifier = rewards.load(*task.verifier) if task.verifier is not None else None
@@ -110,66 +111,6 @@ def prepare(recipe: Recipe) -> Job:
     if recipe.evaluation.divergence is not None:
         divergence.check(recipe.evaluation.divergence)
     return job
-
-
-def _resolve_teacher(recipe: Recipe, runs: Mapping[str, Resolved]) -> Resolved | None:
-    """How the teacher is trained; None where it is taken as it is, or there is none.
-
-    Raises:
-        UserError: a method needs a teacher that the recipe lacks, or none needs the one that it has.
-    """
-    pupils = [label for label, resolved in runs.items() if resolved.takes_teacher]
-    if recipe.teacher is None:
-        if pupils:
-            raise UserError(
-                f"The run '{pupils[0]}' distils and needs a teacher: add the section teacher, with path or warm_start."
-            )
-        return None
-    if not pupils:
-        raise UserError(f"No run learns from the teacher: remove it, or take another method than {', '.join(runs)}.")
-    if recipe.teacher.path is not None:
-        _require_readable(Model(path=recipe.teacher.path, revision=recipe.teacher.revision))
-    if recipe.teacher.method is None:
-        return None
-    if recipe.rollout.engine != "transformers":
-        raise UserError(
-            "A teacher that the run trains has another shape than the policy, so one vLLM cannot serve both: set "
-            "rollout.engine=transformers, or train the teacher in a run of its own and name its folder (teacher.path)."
-        )
-    resolved = resolve(_recipe_of_teacher(recipe, recipe.teacher))
-    if resolved.takes_store or resolved.takes_pairs or resolved.takes_teacher:
-        raise UserError(
-            f"teacher.method '{recipe.teacher.method.name}' needs more than prompts: take grpo, for instance."
-        )
-    return resolved
-
-
-def _recipe_of_teacher(recipe: Recipe, teacher: Teacher) -> Recipe:
-    """The run's own recipe, with the teacher in the place of the policy."""
-    model = Model(
-        path=teacher.path,
-        revision=teacher.revision,
-        dtype=teacher.dtype or recipe.model.dtype,
-        warm_start=teacher.warm_start,
-    )
-    method = teacher.method or recipe.method
-    return recipe.model_copy(update={"model": model, "method": method, "teacher": None, "baselines": [], "sweep": {}})
-
-
-def _require_readable(model: Model) -> None:
-    """Read a model's configuration, which is small, so that a wrong name is known before anything is made."""
-    if model.path is None:
-        return
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(model.path, revision=model.revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise UserError(
-            f"The model '{model.path}' cannot be read ({reason}): model.path must be a folder with a config.json, or a "
-            "name on the Hugging Face hub."
-        ) from None
 
 
 def _require_columns(verifier: rewards.Verifier, row: tasks.Row, task: str) -> None:
@@ -280,7 +221,7 @@ def _train_and_measure(
     teacher = None
     if job.recipe.teacher is not None and job.recipe.teacher.path is not None:
         teacher = job.recipe.teacher.path
-        _check_teacher(job, teacher, model, engines)  # before anything slow
+        teaching.require_fit(job.recipe, job.runs, teacher, model, engines.needed_length)  # before anything slow
     stages.begin(f"evaluate {BASE}")
     measuring.measure(BASE, model, output_dir / BASE / "evaluation")
     store, pairs = None, None
@@ -306,7 +247,7 @@ def _train_and_measure(
         stages.begin(TEACHER)
         if teacher is None:
             teacher = _make_teacher(job, job.recipe.teacher, engines, output_dir / TEACHER, workers)
-            _check_teacher(job, teacher, model, engines)
+            teaching.require_fit(job.recipe, job.runs, teacher, model, engines.needed_length)
         measuring.measure(TEACHER, teacher, output_dir / TEACHER / "evaluation")
     data = Data(store, pairs, teacher)
     for label, resolved in job.runs.items():
@@ -507,7 +448,7 @@ def _trainer(job: Job, resolved: Resolved, engines: Engines, data: Data, **optio
     if resolved.takes_store:
         options["store"] = data.store
     if resolved.takes_teacher:
-        options["teacher"] = _teacher(recipe, data.teacher)
+        options["teacher"] = teaching.load_teacher(recipe, data.teacher)
     return resolved.trainer_class(
         reward_funcs=reward_functions(recipe, job.task),
         train_dataset=Dataset.from_list(job.train_rows),
@@ -518,47 +459,13 @@ def _trainer(job: Job, resolved: Resolved, engines: Engines, data: Data, **optio
     )
 
 
-def _teacher(recipe: Recipe, path: str | None) -> Any:
-    """The teacher beside the trainer (`posttrain.rollouts.teacher.Teacher`)."""
-    from posttrain.rollouts.teacher import ModelTeacher
-
-    section = recipe.teacher
-    if section is None or path is None:
-        raise ValueError("a method that distils was started without its teacher.")
-    revision = section.revision if path == section.path else None
-    return ModelTeacher.load(path, dtype=section.dtype or recipe.model.dtype, revision=revision, batch_size=64)
-
-
 def _make_teacher(job: Job, teacher: Teacher, engines: Engines, folder: Path, workers: Workers) -> str:
     """Folder of a teacher from nothing: warm-started, and trained by its method where it has one."""
-    own = replace(job, recipe=_recipe_of_teacher(job.recipe, teacher))
+    own = replace(job, recipe=teaching.recipe_of_teacher(job.recipe, teacher))
     initial = initial_policy(own, workers)
     if job.teacher is None:
         return initial
     return str(train(own, job.teacher, initial, engines, Data(), folder, workers))
-
-
-def _check_teacher(job: Job, teacher: str, model: str, engines: Engines) -> None:
-    """Refuse a teacher of another tokenizer, end of sequence, chat template or too short a context.
-
-    Raises:
-        UserError: it cannot teach this policy.
-    """
-    from transformers import AutoTokenizer
-
-    from posttrain.rollouts.teacher import check_teacher
-
-    recipe, section = job.recipe, job.recipe.teacher
-    revision = recipe.model.revision if model == recipe.model.path else None
-    pupils = [resolved.probe for resolved in job.runs.values() if resolved.takes_teacher]
-    check_teacher(
-        teacher,
-        AutoTokenizer.from_pretrained(model, revision=revision),
-        length=engines.needed_length,
-        mask_eos=all(getattr(config, "kd_mask_eos", False) for config in pupils),
-        temperature=recipe.rollout.temperature,
-        revision=section.revision if section is not None and teacher == section.path else None,
-    )
 
 
 def _token_ids(file: Path) -> Any:

@@ -23,7 +23,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from posttrain import registry
 from posttrain.errors import UserError, did_you_mean
 from posttrain.launch.workers import launched
-from posttrain.recipe import Recipe
+from posttrain.recipe import Baseline, Method, Model, Recipe
 from posttrain.seams.sharding import fsdp_without_gpus, requested
 
 OWNED = {
@@ -115,18 +115,28 @@ def every_run(recipe: Recipe) -> dict[str, Recipe]:
     class knows, under its own.
     """
     found = {}
+
+    def add(label: str, method: Method, seed: int | None) -> None:
+        update = {"method": method, "seed": recipe.seed if seed is None else seed, "baselines": [], "sweep": {}}
+        found[label] = recipe.model_copy(update=update)
+
     for baseline in recipe.baselines:
-        known = {field.name for field in dataclasses.fields(registry.load("method", baseline.name).Config)}
-        shared = {name: value for name, value in recipe.method.args.items() if name in known}
-        method = recipe.method.model_copy(update={"name": baseline.name, "args": {**shared, **baseline.args}})
-        seed = recipe.seed if baseline.seed is None else baseline.seed
-        found[baseline.label] = recipe.model_copy(update={"method": method, "seed": seed, "baselines": [], "sweep": {}})
+        add(baseline.label, _beside(recipe.method, baseline), baseline.seed)
     for label, settings in recipe.cells.items():
-        args = {name: value for name, value in settings.items() if name != "seed"}
-        method = recipe.method.model_copy(update={"args": {**recipe.method.args, **args}, "called": label})
-        seed = settings.get("seed", recipe.seed)
-        found[label] = recipe.model_copy(update={"method": method, "seed": seed, "baselines": [], "sweep": {}})
+        args = {name: value for name, value in settings.items() if name not in ("seed", "method")}
+        method = recipe.method
+        if "method" in settings:
+            method = _beside(method, recipe.swept_methods[settings["method"]])
+        update = {"args": {**method.args, **args}, "called": label}
+        add(label, method.model_copy(update=update), settings.get("seed"))
     return found if recipe.sweep else {**found, recipe.method.label: recipe}
+
+
+def _beside(method: Method, other: Baseline) -> Method:
+    """Another method, with those arguments of `method` that its config class knows under its own."""
+    known = {field.name for field in dataclasses.fields(registry.load("method", other.name).Config)}
+    shared = {name: value for name, value in method.args.items() if name in known}
+    return method.model_copy(update={"name": other.name, "args": {**shared, **other.args}, "called": other.called})
 
 
 def resolve(recipe: Recipe) -> Resolved:
@@ -292,6 +302,26 @@ def _alone() -> Iterator[None]:
         os.environ.update(hidden)
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._shared_state.update(before)
+
+
+def require_readable(model: Model) -> None:
+    """Read a model's configuration, which is small, so that a wrong name is known before anything is made.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if model.path is None:
+        return
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(model.path, revision=model.revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(
+            f"The model '{model.path}' cannot be read ({reason}): model.path must be a folder with a config.json, or a "
+            "name on the Hugging Face hub."
+        ) from None
 
 
 def trainer_config(resolved: Resolved, output_dir: Path) -> Any:
