@@ -430,8 +430,9 @@ class Recipe(Section):
     """Methods that are trained and evaluated beside this one, on the same model, task and settings."""
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     """A grid: the method is trained once for every combination of the values that are listed, as in
-    {method.args.beta: [0.03, 0.1], seed: [0, 1]}. Keys are method.args.NAME, seed, or method.args with mappings of
-    arguments that belong together. What else a recipe says is shared, so that all runs can be compared."""
+    {method.args.beta: [0.03, 0.1], seed: [0, 1]}. Keys are method.args.NAME, seed, method.args with mappings of
+    arguments that belong together, or method with mappings {name, args, called}, each of which takes over `method` as a
+    baseline does. What else a recipe says is shared, so that all runs can be compared."""
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Recipe:
@@ -441,13 +442,18 @@ class Recipe(Section):
             if key == "method.args":
                 if not all(isinstance(value, dict) and value for value in values):
                     raise ValueError("sweep.method.args lists mappings of arguments, as in [{divergence: js}]")
+            elif key == "method":
+                if any(other.startswith("method.") for other in self.sweep):
+                    raise ValueError("sweep.method lists whole methods: give their arguments there, in args")
+                for value in values:
+                    _method_of(value)
             elif key == "seed":
                 if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
                     raise ValueError(f"sweep.seed lists numbers from 0, got {values}")
             elif not re.fullmatch(r"method\.args\.\w+", key):
                 raise ValueError(
-                    f"a sweep cannot vary {key}, only method.args and seed: its runs share model, data and evaluation, "
-                    "or they could not be compared; start a run for each value instead"
+                    f"a sweep cannot vary {key}, only method, method.args and seed: its runs share model, data and "
+                    "evaluation, or they could not be compared; start a run for each value instead"
                 )
         teachers = ["teacher"] if self.teacher is not None else []
         labels = [
@@ -465,11 +471,13 @@ class Recipe(Section):
 
     @property
     def cells(self) -> dict[str, dict[str, Any]]:
-        """The combinations of the sweep by the name of their run: arguments, and `seed` where that varies."""
+        """The combinations of the sweep by the name of their run: arguments, `method` (its label) and `seed`."""
         found = {}
         for combination in itertools.product(*self.sweep.values()) if self.sweep else ():
             settings: dict[str, Any] = {}
             for key, value in zip(self.sweep, combination, strict=True):
+                if key == "method":
+                    value = _method_of(value).label
                 settings.update(value if key == "method.args" else {key.removeprefix("method.args."): value})
             # {divergence: alpha, alpha: 0.5} is alpha0.5
             named = {
@@ -477,6 +485,11 @@ class Recipe(Section):
             }
             found["-".join(_short(name, value) for name, value in named.items())] = settings
         return found
+
+    @property
+    def swept_methods(self) -> dict[str, Baseline]:
+        """The methods that the sweep lists, by label."""
+        return {method.label: method for method in map(_method_of, self.sweep.get("method", []))}
 
     def digest(self) -> str:
         """A hash of everything the recipe says (16 hex digits)."""
@@ -486,6 +499,17 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The resolved recipe: every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _method_of(value: Any) -> Baseline:
+    """One value of `sweep.method`.
+
+    Raises:
+        ValueError: it is no method, or has a seed.
+    """
+    if not isinstance(value, dict) or "name" not in value or not set(value) <= {"name", "args", "called"}:
+        raise ValueError(f"sweep.method lists methods as {{name, args, called}}, got {value!r}")
+    return Baseline(**value)
 
 
 def _short(name: str, value: Any) -> str:

@@ -82,11 +82,30 @@ def test_baselines_stay_beside_the_grid() -> None:
     assert [run.seed for run in runs.values()] == [5, 1, 2]
 
 
+def test_methods_vary_as_baselines_do_and_over_seeds() -> None:
+    """Each takes over the main arguments that its config class knows (beta is f-DPO's and GRPO's, not this alpha)."""
+    recipe = with_sweep(
+        {"method": [{"name": "grpo"}, {"name": "grpo", "called": "kl", "args": {"beta": 0.1}}], "seed": [0, 1]},
+        method={"name": "f_dpo", "args": {"beta": 0.5, "learning_rate": 1e-3, "alpha": 0.5}},
+    )
+    assert recipe.cells["kl-seed1"] == {"method": "kl", "seed": 1}
+    runs = every_run(recipe)
+    assert list(runs) == ["grpo-seed0", "grpo-seed1", "kl-seed0", "kl-seed1"]
+    assert [run.method.name for run in runs.values()] == ["grpo"] * 4
+    assert runs["grpo-seed1"].method.args == {"beta": 0.5, "learning_rate": 1e-3}
+    assert runs["kl-seed1"].method.args == {"beta": 0.1, "learning_rate": 1e-3}
+    assert (runs["kl-seed1"].seed, runs["kl-seed1"].method.label) == (1, "kl-seed1")
+
+
 @pytest.mark.parametrize(
     ("sweep", "sentence"),
     [
-        ({"evaluation.n": [8, 16]}, "a sweep cannot vary evaluation.n, only method.args and seed"),
-        ({"method.beta": [0.1, 0.3]}, "a sweep cannot vary method.beta, only method.args and seed"),
+        ({"method": ["grpo"]}, "sweep.method lists methods as {name, args, called}, got 'grpo'"),
+        ({"method": [{"name": "grpo", "seed": 1}]}, "sweep.method lists methods as {name, args, called}"),
+        ({"method": [{"name": "grpo"}, {"name": "grpo"}]}, "two combinations of the sweep are the same"),
+        ({"method": [{"name": "grpo"}], "method.args.beta": [0, 1]}, "give their arguments there, in args"),
+        ({"evaluation.n": [8, 16]}, "a sweep cannot vary evaluation.n, only method, method.args and seed"),
+        ({"method.beta": [0.1, 0.3]}, "a sweep cannot vary method.beta, only method, method.args and seed"),
         ({"seed": []}, "sweep.seed lists no value"),
         ({"seed": [0, -1]}, "sweep.seed lists numbers from 0"),
         ({"seed": [3, 3]}, "two combinations of the sweep are the same"),
