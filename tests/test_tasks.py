@@ -503,3 +503,24 @@ class TestHub:
         write(folder / "train.jsonl", questions(30))
         task = tasks.load("hub", {**self.OPTIONS, "name": str(folder)})
         assert len(task.rows("train")) + len(task.rows("eval")) == 30
+
+
+def test_the_images_of_a_row_stand_before_the_text_of_its_first_user_message() -> None:
+    from PIL import Image
+    from trl.data_utils import prepare_multimodal_messages
+
+    images = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    prompt = [{"role": "system", "content": "Count."}, {"role": "user", "content": "How many?"}]
+    row = {"prompt": prompt, "images": images, "key": "a"}
+    assert tasks.shown(row) == prepare_multimodal_messages(prompt, images=images)
+    assert tasks.shown({"prompt": prompt, "key": "a"}) is prompt
+    assert prompt[1]["content"] == "How many?"
+
+
+def test_rows_with_other_pixels_have_another_fingerprint() -> None:
+    from PIL import Image
+
+    def row(colour: str) -> dict[str, Any]:
+        return {"prompt": [], "key": "a", "images": [Image.new("RGB", (4, 4), colour)]}
+
+    assert tasks.fingerprint([row("red")]) == tasks.fingerprint([row("red")]) != tasks.fingerprint([row("blue")])

@@ -23,7 +23,7 @@ from posttrain.rewards import parse_options
 Split = Literal["train", "eval"]
 Row = dict[str, Any]
 """One task row: `prompt` (a list of chat messages), `key` (canonical, unique within the task) and whatever the
-verifier needs."""
+verifier needs. Rows of an image task have `images`, too: PIL images in the order in which the prompt shows them."""
 
 
 class TaskOptions(BaseModel):
@@ -38,6 +38,8 @@ class BaseTask(ABC):
     name: ClassVar[str]
     pairs: ClassVar[bool] = False
     """Whether the rows are preference pairs: `prompt`, `chosen`, `rejected` in TRL's formats."""
+    images: ClassVar[bool] = False
+    """Whether the rows hold `images`, so that only a vision-language model reads them."""
 
     @property
     @abstractmethod
@@ -100,10 +102,33 @@ def choose(rows: Sequence[Row], count: int | None, *, seed: int) -> list[Row]:
     return random.Random(seed).sample(list(rows), count)
 
 
+def shown(row: Row) -> list[dict[str, Any]]:
+    """The row's prompt as an engine reads it, its images among the parts of its first user message, before the text.
+
+    A row without images has its prompt as it is. The parts are those of a transformers chat template: `{"type":
+    "image", "image": …}` and `{"type": "text", "text": …}`; every content is then a list of them. TRL puts the column
+    `images` in the same place.
+    """
+    prompt: list[dict[str, Any]] = row["prompt"]
+    if not row.get("images"):
+        return prompt
+    messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in prompt]
+    first = next(message for message in messages if message["role"] == "user")
+    first["content"] = [*({"type": "image", "image": image} for image in row["images"]), *first["content"]]
+    return messages
+
+
 def fingerprint(rows: Sequence[Row]) -> str:
-    """A hash of the rows' contents and order (16 hex digits)."""
+    """A hash of the rows' contents, images included, and their order (16 hex digits)."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8"))
+        digest.update(json.dumps(row, sort_keys=True, default=_described).encode("utf-8"))
         digest.update(b"\n")
     return digest.hexdigest()[:16]
+
+
+def _described(value: Any) -> str:
+    """What a row holds beside JSON: an image by its pixels."""
+    if hasattr(value, "tobytes") and hasattr(value, "mode"):
+        return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return str(value)
