@@ -31,9 +31,10 @@ def finished(out: Path, label: str) -> list[dict[str, Any]]:
     return [entry for entry in history if "reward" in entry]
 
 
-@pytest.mark.parametrize(
-    "lora", [[], ["model.lora={r: 4, alpha: 8}", "rollout.lora_sync=adapter"]], ids=["full", "lora"]
-)
+LORA = ["model.lora={r: 4, alpha: 8}", "rollout.lora_sync=adapter"]
+
+
+@pytest.mark.parametrize("lora", [pytest.param([], id="full"), pytest.param(LORA, id="lora", marks=pytest.mark.slow)])
 def test_a_run_on_colocated_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: list[str]) -> None:
     """Two methods and three evaluations on one engine, which changes weights between them."""
     path, out = write(tmp_path), tmp_path / "out"
