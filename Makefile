@@ -30,6 +30,7 @@ bench: install ## training steps against TRL, vocabulary divergences against pla
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.preference
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engines
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rewards
 
 rehearse: ## the lines of docker/Dockerfile.cpu without a Docker engine (as root, with debootstrap)
 	docker/rehearse.py

@@ -3,6 +3,8 @@
 The folder is the registry: `rewards/<name>.py` defines `Options` (a pydantic model) and `Reward(Verifier)`, and
 recipes name it. A verifier turns one completion and its task row into a `Verdict`; `RewardFunction` adapts it to TRL.
 
+A verifier marked `isolated = True` judges in worker processes, which are killed at its `deadline` (`_workers`).
+
 Rewards marked `accuracy = True` answer "is it correct?" with 1.0 or 0.0; the others shape (format, length). Both stay
 separate columns, because methods that look at correctness (DPH-RL's split, pass@k) must never see shaping.
 """
@@ -11,12 +13,14 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import ceil  # `math` itself is a verifier of this package
 from time import perf_counter
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from posttrain import registry
 from posttrain.errors import UserError, did_you_mean
@@ -24,6 +28,23 @@ from posttrain.errors import UserError, did_you_mean
 Status = Literal["ok", "wrong", "no_answer", "unparseable_gold", "timeout", "resource", "verifier_error", "not_judged"]
 Completion = str | Sequence[Mapping[str, Any]]
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
+
+Deadline = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+"""Seconds that judging one completion may take in a worker process; an option `deadline` of an `isolated` verifier."""
+DEADLINE = 5.0
+"""Its default."""
+
+FAILURES = frozenset({"unparseable_gold", "verifier_error"})
+"""Statuses that are no fault of the completion."""
+MAX_FAILURES = 0.5
+"""Share of failures above which a run stops."""
+
+in_worker = False
+"""Whether this process is such a worker."""
+
+
+def completion_begins() -> None:
+    """Said by a `row_first` verifier when it has done with the row; without effect outside of workers."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +70,22 @@ class RewardOptions(BaseModel):
 
 
 class Verifier(ABC):
-    """One verifiable reward. Picklable; holds options and nothing else."""
+    """One verifiable reward. Picklable; holds options and nothing else.
+
+    An `isolated` verifier is built again in another process, from its class, which must lie at the top of a module, and
+    its options. There, `verify` gets what the row has of `requires`, as JSON holds it.
+    """
 
     name: ClassVar[str]
     requires: ClassVar[tuple[str, ...]] = ()
     """Columns that a task row must have."""
     accuracy: ClassVar[bool] = True
     """True when 1.0 means "correct"; False for shaping rewards."""
+    isolated: ClassVar[bool] = False
+    """Whether `verify` runs in worker processes, because it may hang, crash or fill the memory."""
+    row_first: ClassVar[bool] = False
+    """Whether `verify`, in a worker, works on the row alone until it calls `completion_begins`: a row that takes longer
+    than the `deadline` is `unparseable_gold`, and the completion's own time begins at that call."""
 
     options: Any = None
     """What it was built with, a `RewardOptions`; None without any."""
@@ -65,25 +95,67 @@ class Verifier(ABC):
         """Name and options: what a store or an evaluation remembers of it."""
         return {"name": self.name, "options": self.options.model_dump(mode="json") if self.options else {}}
 
+    @property
+    def deadline(self) -> float:
+        """Seconds that `verify` may take for one completion where it is `isolated`."""
+        return float(getattr(self.options, "deadline", DEADLINE))
+
     @abstractmethod
     def verify(self, completion: str, row: Mapping[str, Any]) -> Verdict:
         """Judge one completion (plain text) against its task row. Must not raise for anything a model can write."""
+
+    def decide(self, completion: str, row: Mapping[str, Any]) -> Verdict | None:
+        """What an `isolated` verifier can say at once, without a worker; `None` where it takes `verify`.
+
+        Called in the trainer's process, on any thread: it must be quick for whatever a model can write.
+        """
+        return None
+
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to prepare
+        """Do what workers share, such as slow imports: called once, in the process that they are forked from."""
 
     def gold(self, row: Mapping[str, Any]) -> str | None:
         """A completion that must score 1.0, made from the row; `None` where no such thing exists."""
         return None
 
+    def attempt(self, completion: Completion, row: Mapping[str, Any]) -> Verdict:
+        """`verify` here and now, timed; an exception is a verdict.
+
+        Raises:
+            MemoryError: in a worker, which has a verdict for it.
+        """
+        return cast(Verdict, self._timed(self.verify, completion, row))
+
     def score(self, completions: Sequence[Completion], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        """Judge a batch; never raises for a bad sample, and returns one verdict per completion, in order."""
-        verdicts = []
-        for completion, row in zip(completions, rows, strict=True):
-            start = perf_counter()
-            try:
-                verdict = self.verify(text_of(completion), row)
-            except Exception as error:  # a bad sample is data: it is counted and never stops a run
-                verdict = Verdict(None, "verifier_error", detail=f"{type(error).__name__}: {error}")
-            verdicts.append(replace(verdict, seconds=perf_counter() - start))
-        return verdicts
+        """Judge a batch; never raises for a bad sample, and returns one verdict per completion, in order.
+
+        Raises:
+            UserError: the verifier is `isolated`, and its class cannot be imported by another process.
+        """
+        if not self.isolated or in_worker:
+            return [self.attempt(completion, row) for completion, row in zip(completions, rows, strict=True)]
+        decided = [self._timed(self.decide, text, row) for text, row in zip(completions, rows, strict=True)]
+        left = [index for index, verdict in enumerate(decided) if verdict is None]
+        judged: Iterator[Verdict] = iter(())
+        if left:
+            from posttrain.rewards import _workers
+
+            texts = [text_of(completions[index]) for index in left]
+            judged = iter(_workers.judge(self, texts, [rows[index] for index in left]))
+        return [next(judged) if verdict is None else verdict for verdict in decided]
+
+    @staticmethod
+    def _timed(
+        judge: Callable[[str, Mapping[str, Any]], Verdict | None], completion: Completion, row: Mapping[str, Any]
+    ) -> Verdict | None:
+        start = perf_counter()
+        try:
+            verdict = judge(text_of(completion), row)
+        except Exception as error:  # a bad sample is data: it is counted and never stops a run
+            if in_worker and isinstance(error, MemoryError):
+                raise
+            verdict = Verdict(None, "verifier_error", detail=f"{type(error).__name__}: {error}")
+        return None if verdict is None else replace(verdict, seconds=perf_counter() - start)
 
 
 def text_of(completion: Completion) -> str:
@@ -139,13 +211,32 @@ def parse_options(kind: str, name: str, options_class: type[OptionsT], options: 
 class RewardFunction:
     """A verifier in the form TRL calls: `(prompts, completions, **columns) -> list[float | None]`.
 
-    Logs, per call: `rewards/<name>/failures`, the share of verdicts without a reward (fraction of completions), and a
-    `status` column per completion in the completions table.
+    Logs a `<name>_status` column in the completions table, and per call (TRL then averages over calls and processes):
+
+    - `rewards/<name>/failures`: share of completions with a failure of the infrastructure (`unparseable_gold`,
+      `verifier_error`): no fault of the completion, and no reward;
+    - `rewards/<name>/timeouts`: share that was stopped at the deadline (`timeout`);
+    - `rewards/<name>/resource`: share that asked for more than it may have (`resource`);
+    - `rewards/<name>/seconds_p50`, `rewards/<name>/seconds_p99`: median and 99th percentile (nearest rank) of the
+      seconds that judging one completion took, waiting for a worker not included.
+
+    Args:
+        verifier: judges.
+        max_failures: share of failures, over the last `WINDOW` calls, above which the run stops: a group whose
+            verdicts fail teaches nothing. 1 never stops it.
+
+    Raises:
+        UserError: when called, the rows lack a column, or more failed than may.
     """
 
-    def __init__(self, verifier: Verifier) -> None:
+    WINDOW: ClassVar[int] = 8
+    """Calls that failures are counted over; before so many have been made, nothing stops."""
+
+    def __init__(self, verifier: Verifier, *, max_failures: float = MAX_FAILURES) -> None:
         self.verifier = verifier
+        self.max_failures = max_failures
         self.__name__ = verifier.name
+        self._recent: deque[tuple[int, int]] = deque(maxlen=self.WINDOW)
 
     def __call__(
         self,
@@ -166,9 +257,33 @@ class RewardFunction:
         if log_extra is not None:
             log_extra(f"{self.verifier.name}_status", [verdict.status for verdict in verdicts])
         if log_metric is not None and verdicts:
-            failures = sum(verdict.reward is None for verdict in verdicts) / len(verdicts)
-            log_metric(f"rewards/{self.verifier.name}/failures", failures)
+            for name, value in self._measured(verdicts).items():
+                log_metric(f"rewards/{self.verifier.name}/{name}", value)
+        self._stop_if_most_fail(verdicts)
         return [verdict.reward for verdict in verdicts]
+
+    @staticmethod
+    def _measured(verdicts: Sequence[Verdict]) -> dict[str, float]:
+        seconds = sorted(verdict.seconds for verdict in verdicts)
+        count = len(verdicts)
+        return {
+            "failures": sum(verdict.status in FAILURES for verdict in verdicts) / count,
+            "timeouts": sum(verdict.status == "timeout" for verdict in verdicts) / count,
+            "resource": sum(verdict.status == "resource" for verdict in verdicts) / count,
+            "seconds_p50": seconds[ceil(0.5 * count) - 1],
+            "seconds_p99": seconds[ceil(0.99 * count) - 1],
+        }
+
+    def _stop_if_most_fail(self, verdicts: Sequence[Verdict]) -> None:
+        failed = [verdict for verdict in verdicts if verdict.status in FAILURES]
+        self._recent.append((len(failed), len(verdicts)))
+        failures, judged = (sum(counts) for counts in zip(*self._recent, strict=True))
+        if failed and len(self._recent) == self.WINDOW and failures > self.max_failures * judged:
+            raise UserError(
+                f"The reward '{self.verifier.name}' failed on {failures} of the last {judged} completions, more than "
+                f"max_failures = {self.max_failures:g} allows, the last time with {failed[-1].status} "
+                f"({failed[-1].detail or 'no detail'}): mend that, or raise max_failures."
+            )
 
 
 def load_function(reference: str) -> Callable[..., list[float | None]]:

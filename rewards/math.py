@@ -4,13 +4,18 @@ The answer is the last balanced `\boxed{}` after the last `</think>`. Without a 
 number counts as its answer.
 
 1. Both sides are normalised (NFKC, LaTeX spellings, white space) and compared as text, ignoring case in words.
-2. Two plain numbers (integers, decimals, fractions of them) are compared exactly; so 0.333 is not 1/3.
-3. Everything else goes to math-verify, with both sides in a `\boxed{}`: without one it reads `2\pi` as 2.
+2. Tuples, intervals, sets, unions and lists are taken apart, and their elements compared: sets and lists in any order
+   (a list with repeats counted), everything else in order. `2 \pm 3` is the list `5, -1`. A list may stand for a set,
+   and for a tuple in the same order; a set is no tuple; brackets of a pair must agree, those of longer tuples need not.
+3. Two plain numbers (integers, decimals, fractions of them, mixed numbers, repeating decimals, `a \times 10^n`), and
+   their products and quotients with one square root and π, are compared exactly; so 0.333 is not 1/3.
+4. Every other pair goes to math-verify in a worker process that is killed at the `deadline`, with both sides in a
+   `\boxed{}`: without one it reads `2\pi` as 2. There a decimal equals what it agrees with to 12 decimals.
 
-A static guard stands before step 3: what it refuses is wrong, with the status `resource`. math-verify runs in the
-calling process and thread without a deadline, because its own timeouts are signals, which exist on the main thread
-only and cannot interrupt a long integer operation. So an answer that passes the guard and is hard for sympy, such as
-`(x+y+z+1)^{99}`, holds the caller for as long as sympy needs.
+`percent`, `units`, `boxes`, `rounding` and `order` say what counts as the same; see `Options`.
+
+A static guard stands before step 4: what it refuses is wrong, with the status `resource`, in microseconds. The rest
+that is hard for sympy, such as `(x+y+z+1)^{99}`, costs its deadline and a worker, and nobody else.
 """
 
 from __future__ import annotations
@@ -18,12 +23,15 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Annotated, Any, Literal
 
-from posttrain.rewards import RewardOptions, Verdict, Verifier, after_thinking
+from pydantic import Field
+
+from posttrain.rewards import DEADLINE, Deadline, RewardOptions, Verdict, Verifier, after_thinking
 
 MAX_LENGTH = 300
 """Characters of an answer."""
@@ -35,27 +43,135 @@ MAX_EXPONENT_DIGITS = 5
 """Digits of an exponent, those of exponents that multiply with it included: so that it is below 10^5."""
 MAX_FACTORIAL_DIGITS = 4
 r"""Digits under a factorial, and in each argument of `\binom`."""
+MAX_SCALE = 400
+r"""The exponent in `a \times 10^n` up to which it is computed exactly."""
+DECIMALS = 12
+"""Decimals to which math-verify compares a decimal with something else."""
 
 _BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _SCRIPT = re.compile("([⁺⁻⁰¹²³⁴-⁹]+)|([₀-₉]+)|([¼-¾⅐-⅞])")
 _SYMBOLS = str.maketrans({
     "−": "-", "–": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ",
-    "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "°": r"^\circ ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ",
+    "°": r"^\circ ", "√": r"\sqrt ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "\u2061": None, "\u200b": None,
 })  # fmt: skip
-_LAYOUT = re.compile(r"(?<!\\)\\[,;:! ()\[\]]|~|\\?\$|\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])")
+_LAYOUT = re.compile(
+    r"(?<!\\)\\[,;:! ()\[\]]|~|\\?\$|\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits|quad|qquad)(?![A-Za-z])"
+)
 _SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9] (?=[0-9]))| ")
-_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\{([^{}\\]*)\}")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\{([^{}\\]*)\}")
+_SPELLINGS = {
+    "leq": "le", "geq": "ge", "neq": "ne", "leqslant": "le", "geqslant": "ge", "lbrace": "{", "rbrace": "}",
+    "varnothing": "emptyset", "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom",
+    "lvert": "vert", "rvert": "vert", "degree": "circ", "textdegree": "circ",
+}  # fmt: skip
+_SPELLED = re.compile(rf"\\({'|'.join(sorted(_SPELLINGS, key=len, reverse=True))})(?![A-Za-z])")
 _WORD = re.compile(r"[A-Za-z]{3,}")
+_CHOICE = re.compile(r"\(([A-Z])\)")
+
 _DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _NUMBER = re.compile(rf"([+-]?)(?:({_DECIMAL})(?:/({_DECIMAL}))?|\\frac\{{(-?{_DECIMAL})\}}\{{(-?{_DECIMAL})\}})")
-_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?:(?:,|\{,\})[0-9]{3})+(?:\.[0-9]+)?")
+_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?:(?:,|\{,\}| )[0-9]{3})+(?:\.[0-9]+)?")
+_MIXED = re.compile(r"([+-]?)([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}")
+_REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
+_SCIENTIFIC = re.compile(
+    rf"([+-]?)(?:({_DECIMAL})(?:\\times|\\cdot|\*))?10\^(?:\{{([+-]?[0-9]{{1,4}})\}}|([0-9])(?![0-9]))"
+)
+
+_TIMES = r"(?:\\cdot|\\times|\*)?"
+_PRODUCT = re.compile(
+    rf"([+-]?)({_DECIMAL}|\\frac\{{{_DECIMAL}\}}\{{{_DECIMAL}\}})?{_TIMES}"
+    rf"(?:\\sqrt(?:\{{({_DECIMAL})\}}|([0-9])))?{_TIMES}(\\pi)?"
+)
+
+_AND = re.compile(r"[,;]|,?(?:\\text\{,?(?:and|or),?\}|(?<=[0-9)}])(?:and|or)(?=[-+0-9\\(]|[a-z]=))")
+_MEMBER = re.compile(r"^[A-Za-z](?:_\{?[A-Za-z0-9]+\}?)?\\in(?=[(\[]|\\\{)")
+_ASSIGNED = re.compile(r"(\\?[A-Za-z]+(?:_\{?[A-Za-z0-9]+\}?)?(?:\([A-Za-z]\))?)=([^=<>]+)")
+_RELATION = re.compile(
+    r"[=<>|]|\\(?:le|ge|ne|in|notin|mid|vert|setminus|cap|subset|mathbb|equiv|sim|approx)(?![A-Za-z])"
+)
+_COMMA = re.compile("[,;]")
+_UNION = re.compile(r"\\cup ?")
+_OPENING = re.compile(r"[(\[]|\\\{")
+_CLOSING = re.compile(r"(?:[)\]]|\\\})$")
+_ANGLES = re.compile(r"\\([lr])angle ?")
+_CONDITION = re.compile(r"[|:]|\\(?:mid|vert|colon)(?![A-Za-z])")
+
+_PERCENT = re.compile(r"(?:\\?%|\\text\{(?:\\?%|percent|percentage)\}|percent|percentage)$")
+_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|arc|log|ln|exp)")
+_DEGREES = re.compile(r"\^(?:\\circ ?|\{\\circ\})(?:\\text\{([CFK])\}|([CF]))?$|(?<=[0-9])\\circ$")
+_DEGREE = re.compile(rf"({_DECIMAL})\^(?:\\circ ?|\{{\\circ\}})")
+_BASE = re.compile(r"(?<=[0-9])_(?:\{([0-9]+|\\text\{[a-z]+\})\}|([0-9]))$")
+_CURRENCY = re.compile(r"^[€£¥₹]")
+_LABEL = r"\\(?:text|textrm|mathrm|mbox|operatorname)\{([^{}\\]*)\}(?:\^(?:\{(-?[0-9])\}|([0-9])))?"
+_LABELS = re.compile(rf"(?:{_LABEL})(?:(?:/|\\cdot|\\times)?(?:{_LABEL}))*$")
+_ONE_LABEL = re.compile(_LABEL)
+_UNITS = {
+    "meter": "m metre meters metres", "centimeter": "cm centimetre centimeters centimetres",
+    "millimeter": "mm millimetre millimeters millimetres", "kilometer": "km kilometre kilometers kilometres",
+    "inch": "in inches", "foot": "ft feet", "yard": "yd yards", "mile": "mi miles", "gram": "g grams",
+    "kilogram": "kg kilograms", "milligram": "mg milligrams", "pound": "lb lbs pounds", "ounce": "oz ounces",
+    "second": "s sec secs seconds", "minute": "min mins minutes", "hour": "h hr hrs hours", "day": "days",
+    "week": "weeks", "month": "months", "year": "yr yrs years", "liter": "l litre liters litres",
+    "milliliter": "ml millilitre milliliters millilitres", "dollar": "dollars usd", "cent": "cents", "euro": "euros €",
+    "poundsterling": "£", "yen": "¥", "rupee": "rupees ₹ rs", "degree": "degrees deg °", "radian": "rad radians",
+    "unit": "units", "squareunit": "squareunits", "cubicunit": "cubicunits", "mph": "milesperhour",
+    "kilometer/hour": "kmh kmph kilometersperhour",
+}  # fmt: skip
+_UNIT = {spelling: unit for unit, others in _UNITS.items() for spelling in [unit, *others.split()]}
+# A single letter without \text may be a variable, and these mean something else.
+_BARE_UNITS = sorted((u for u in _UNIT if len(u) > 1 and u not in ("in", "min", "deg", "rs")), key=len, reverse=True)
+_BARE = re.compile(rf"(?<=[0-9}})])((?:square|cubic|sq)?(?:{'|'.join(_BARE_UNITS)}))(?:\^(?:\{{([23])\}}|([23])))?$")
+
+_WORDS = re.compile(
+    r"(?<=[0-9}%]) +(?!(?:and|or|mod|sin|cos|tan|cot|sec|csc|log|exp|sqrt|pi|max|gcd|lcm)\b)"
+    rf"((?:[A-Za-z]{{3,}}|{'|'.join(_BARE_UNITS)})\b[A-Za-z .]*)$"
+)
+"""English behind a number."""
+
 _GUARDED = re.compile(r"\\(?:sum|prod|int|iint|oint)(?![A-Za-z])")
 _BINOMIAL = re.compile(r"\\[dt]?binom")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 
+_TYPICAL = (
+    r"\frac{1}{2}", r"2\sqrt{3}", r"x^2+2x+1", r"(x-1)(x+2)", r"\frac{\sqrt{2}}{2}", r"2\pi", "x=5",
+    r"y=\frac{1}{2}x-3", r"x\ge5", r"(-\infty,3)", r"\{1,2\}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+    r"\log_2{3}", r"e^{-x}", r"\sin{x}", "3+4i", r"2^{10}", r"\text{no}", r"10!", "0.5x",
+)  # fmt: skip
+"""Answers of many kinds: reading them once builds tables of the parser that workers then share."""
+
 
 class Options(RewardOptions):
-    """The reward `math` has no options."""
+    """Options of the reward `math`."""
+
+    percent: Literal["either", "value"] = "either"
+    r"""`50\%` is 0.5; with `either` it is 50, too, because questions ask "what percent" and golds drop the sign."""
+    units: Literal["optional", "required", "ignored"] = "optional"
+    r"""A unit behind a number, a base (`101_2`) or a currency other than `$`, which is never seen: it may be missing on
+    one side but must not differ, or must be the same on both, or is never looked at. Nothing is converted."""
+    boxes: Literal["last", "reject"] = "last"
+    """Of several boxes the last one counts, or a completion whose boxes differ is wrong."""
+    rounding: Annotated[int, Field(ge=1, le=12)] | None = None
+    """Significant digits: a number also equals the gold number when it is off by at most half a unit of the gold's
+    digit of that rank, as 0.333 is 1/3 with 3. Default: only exact values are equal."""
+    order: Literal["kind", "ignored", "strict"] = "kind"
+    """Tuples are ordered, sets and lists are not; or nothing is ordered; or all but sets is."""
+    deadline: Deadline = DEADLINE
+    """Seconds for one completion, from when a worker begins it; then the worker is killed, and the reward is 0."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A normalised answer, taken apart at its outermost commas or unions."""
+
+    kind: Literal["one", "list", "set", "tuple", "union"]
+    parts: tuple[str, ...]
+    brackets: str = ""
+    """Of a tuple: the two, `()` or `[)` for instance."""
+
+
+Symbolic = Callable[[str, str], bool | None]
+"""Whether two normalised answers are equal, gold first; None where that is left to a worker."""
 
 
 class Reward(Verifier):
@@ -67,41 +183,153 @@ class Reward(Verifier):
 
     name = "math"
     requires = ("answer",)
+    isolated = True
 
     def __init__(self, options: Options) -> None:
         self.options = options
 
+    def prepare(self) -> None:
+        """Import math-verify, and have it read and compare answers of many kinds."""
+        for answer in _TYPICAL:
+            self._symbolic("(x+1)^2", answer)
+
+    def decide(self, completion: str, row: Mapping[str, Any]) -> Verdict | None:
+        """Everything but what math-verify is needed for."""
+        return self._judge(completion, row, _undecided)
+
     def verify(self, completion: str, row: Mapping[str, Any]) -> Verdict:
         """Judge the final answer; `Verdict.answer` is its exact value or else its normalised text."""
-        gold = _gold(row["answer"])
-        if gold is None:
-            return Verdict(None, "unparseable_gold", detail=f"the gold answer {row['answer']!r:.200}")
-        answer = _extract(completion)
-        if answer is None:
-            return Verdict(0.0, "no_answer")
-        if len(answer) > MAX_LENGTH:
-            if answer == gold:
-                return Verdict(1.0, "ok", answer)
-            return Verdict(0.0, "resource", detail=f"more than {MAX_LENGTH} characters")
-        text, gold_text = normalise(answer), normalise(gold)
-        value, gold_value = number(text), number(gold_text)
-        canonical = text if value is None else str(value)
-        if text == gold_text or (_WORD.fullmatch(text) and text.casefold() == gold_text.casefold()):
-            return Verdict(1.0, "ok", canonical)
-        if value is not None and gold_value is not None:
-            return Verdict(float(value == gold_value), "ok" if value == gold_value else "wrong", canonical)
-        refusal = refuse(text)
-        if refusal is not None:
-            return Verdict(0.0, "resource", detail=refusal)
-        # NFKC makes braces of their look-alikes, which must not open a second box. The gold passes the guard as well: a
-        # row that would hang the comparison is compared as text alone.
-        correct = _fits_a_box(text) and refuse(gold_text) is None and _equal(gold_text, text)
-        return Verdict(float(correct), "ok" if correct else "wrong", canonical)
+        verdict = self._judge(completion, row, self._symbolic)
+        assert verdict is not None  # noqa: S101 - math-verify always has an answer
+        return verdict
 
     def gold(self, row: Mapping[str, Any]) -> str | None:
         """The row's `answer` in a box."""
         gold = _gold(row["answer"])
         return rf"\boxed{{{row['answer'] if gold is None else gold}}}"
+
+    def _judge(self, completion: str, row: Mapping[str, Any], symbolic: Symbolic) -> Verdict | None:
+        gold = _gold(row["answer"])
+        if gold is None:
+            return Verdict(None, "unparseable_gold", detail=f"the gold answer {row['answer']!r:.200}")
+        answers = _extract(completion)
+        if not answers or not answers[-1]:
+            return Verdict(0.0, "no_answer")
+        answer = answers[-1]
+        if self.options.boxes == "reject" and len({normalise(other[: MAX_LENGTH + 1]) for other in answers}) > 1:
+            return Verdict(0.0, "wrong", detail="several boxes that differ")
+        if len(answer) > MAX_LENGTH:
+            if answer == gold:
+                return Verdict(1.0, "ok", answer)
+            return Verdict(0.0, "resource", detail=f"more than {MAX_LENGTH} characters")
+        text, gold_text = normalise(answer), normalise(gold)
+        value = number(text)
+        canonical = text if value is None else str(value)
+        correct = self._same(gold_text, text, _undecided)
+        if correct is None:
+            refusal = refuse(text)
+            if refusal is not None:
+                return Verdict(0.0, "resource", detail=refusal)
+            # NFKC makes braces of their look-alikes, which must not open a second box. The gold passes the guard as
+            # well: a row that would hang the comparison is compared as text alone.
+            readable = _fits_a_box(text) and refuse(gold_text) is None
+            correct = self._same(gold_text, text, symbolic) if readable else False
+        return None if correct is None else Verdict(float(correct), "ok" if correct else "wrong", canonical)
+
+    def _same(self, gold: str, answer: str, symbolic: Symbolic) -> bool | None:
+        """Whether two normalised answers are equal; None where `symbolic` decides and does not say."""
+        if _same_text(gold, answer):
+            return True
+        gold, answer = _without_names(gold, answer)
+        whole, other = _shape(gold), _shape(answer)
+        kinds = {whole.kind, other.kind}
+        if kinds == {"one"}:
+            return self._same_element(gold, answer, symbolic)
+        if "one" in kinds:
+            one, many = (whole, other) if whole.kind == "one" else (other, whole)
+            if many.kind == "set" and len(many.parts) == 1:
+                return self._same(whole.parts[0], other.parts[0], symbolic)
+            # A relation may describe an interval, and a symbol a set.
+            return symbolic(gold, answer) if _RELATION.search(one.parts[0]) else False
+        if not _comparable(whole, other):
+            return False
+        golds, answers = whole.parts, other.parts
+        if "set" in kinds:
+            golds, answers = _distinct(golds), _distinct(answers)
+        if len(golds) != len(answers):
+            return False
+        in_order = {"strict": ("tuple", "list"), "kind": ("tuple",), "ignored": ()}[self.options.order]
+        if "set" in kinds or whole.kind not in in_order:
+            return _matched(golds, answers, lambda one, other: self._same(one, other, symbolic))
+        found: bool | None = True
+        for pair in zip(golds, answers, strict=True):
+            same = self._same(*pair, symbolic)
+            if same is False:
+                return False
+            found = found and same
+        return found
+
+    def _same_element(self, gold: str, answer: str, symbolic: Symbolic) -> bool | None:
+        gold, gold_percent = _without_percent(gold)
+        answer, percent = _without_percent(answer)
+        gold, gold_unit = _without_unit(gold)
+        answer, unit = _without_unit(answer)
+        policy = self.options.units
+        if gold_unit != unit and (policy == "required" or (policy == "optional" and gold_unit and unit)):
+            return False
+        if gold_percent == percent:
+            return self._same_value(gold, answer, symbolic)
+        found = self._same_value(gold, answer, symbolic, gold_percent=gold_percent, percent=percent)
+        if found or self.options.percent == "value":
+            return found
+        either = self._same_value(gold, answer, symbolic)
+        return either if either or found is False else None
+
+    def _same_value(
+        self, gold: str, answer: str, symbolic: Symbolic, *, gold_percent: bool = False, percent: bool = False
+    ) -> bool | None:
+        if gold_percent == percent and _same_text(gold, answer):
+            return True
+        if len(gold) == len(answer) == 1 and not (gold + answer).isdigit():
+            return False  # to math-verify, a is A
+        gold_value, value = number(gold), number(answer)
+        if gold_value is None or value is None:
+            surds = _surd(gold), _surd(answer)
+            if surds[0] and surds[1] and gold_percent == percent and self.options.rounding is None:
+                return surds[0] == surds[1]
+            hundredth = r"\frac{%s}{100}"
+            return symbolic(hundredth % gold if gold_percent else gold, hundredth % answer if percent else answer)
+        return self._close(gold_value / 100 if gold_percent else gold_value, value / 100 if percent else value)
+
+    def _close(self, gold: Fraction, value: Fraction) -> bool:
+        """Whether a number is the gold number, or would be after the rounding that the options allow."""
+        if value == gold or self.options.rounding is None or not gold:
+            return value == gold
+        rank = len(str(abs(gold.numerator))) - len(str(gold.denominator))
+        rank -= abs(gold) < Fraction(10) ** rank  # of the first digit
+        return bool(abs(value - gold) <= Fraction(10) ** (rank - self.options.rounding + 1) / 2)
+
+    def _symbolic(self, gold: str, answer: str) -> bool:
+        """Whether math-verify finds two normalised answers equal."""
+        from math_verify import verify
+
+        verify_now = partial(verify, float_rounding=DECIMALS, allow_set_relation_comp=True, timeout_seconds=None)
+        gold_parsed, answer_parsed = _parse(gold), _parse(answer)
+        if not gold_parsed or not answer_parsed:
+            return False
+        if verify_now(gold_parsed, answer_parsed):
+            return True
+        first = gold_parsed[0], answer_parsed[0]
+        if any(map(_named_i, first)) and verify_now(*map(_imaginary, first)):
+            return True
+        if self.options.rounding is None:
+            return False
+        gold_value, value = map(_evaluate, first)
+        return gold_value is not None and value is not None and self._close(gold_value, value)
+
+
+def _undecided(gold: str, answer: str) -> None:
+    """Leave it to a worker."""
 
 
 def _gold(answer: Any) -> str | None:
@@ -109,32 +337,37 @@ def _gold(answer: Any) -> str | None:
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return None
     text = str(answer).strip()
-    box = last_box(text)
-    text = text if box is None else box.strip()
+    boxes = _boxes(text)
+    text = boxes[-1].strip() if boxes else text
     return text if normalise(text) and _fits_a_box(text) else None
 
 
 def _fits_a_box(text: str) -> bool:
-    return last_box(rf"\boxed{{{text}}}") == text
+    return _boxes(rf"\boxed{{{text}}}") == [text]
 
 
-def _extract(completion: str) -> str | None:
+def _extract(completion: str) -> list[str]:
+    """The contents of all boxes, in order; none where there is no answer."""
     text = after_thinking(completion)
     if text is None:
-        return None
-    answer = last_box(text)
-    if answer is None:
+        return []
+    answers = _boxes(text)
+    if not answers:
         bare = text.strip()
-        return bare if len(bare) <= MAX_LENGTH and number(normalise(bare)) is not None else None
-    while len(answer) <= MAX_LENGTH and (inner := last_box(answer)) is not None:
-        answer = inner
-    return answer.strip() or None
+        return [bare] if len(bare) <= MAX_LENGTH and number(normalise(bare)) is not None else []
+    return [_innermost(answer).strip() for answer in answers]
 
 
-def last_box(text: str) -> str | None:
-    r"""The contents of the balanced `\boxed{}` that closes last; `None` where there is none. Linear in the text."""
+def _innermost(answer: str) -> str:
+    while len(answer) <= MAX_LENGTH and (inner := _boxes(answer)):
+        answer = inner[-1]
+    return answer
+
+
+def _boxes(text: str) -> list[str]:
+    r"""The contents of every balanced `\boxed{}` that is in no other, in order. Linear in the text."""
     open_braces: list[int | None] = []  # where the contents of a box start; None for a plain brace
-    found: tuple[int, int] | None = None
+    found: list[tuple[int, int]] = []
     for match in _BRACE.finditer(text):
         token = match[0]
         if token == "{":
@@ -142,10 +375,12 @@ def last_box(text: str) -> str | None:
         elif token == "}":
             start = open_braces.pop() if open_braces else None
             if start is not None:
-                found = (start, match.start())
+                while found and found[-1][0] > start:
+                    found.pop()
+                found.append((start, match.start()))
         elif token.startswith(r"\boxed"):
             open_braces.append(match.end())
-    return None if found is None else text[found[0] : found[1]]
+    return [text[start:end] for start, end in found]
 
 
 def normalise(text: str) -> str:
@@ -153,11 +388,12 @@ def normalise(text: str) -> str:
     text = _SCRIPT.sub(_unscript, text).translate(_SYMBOLS)
     text = unicodedata.normalize("NFKC", text)
     text = " ".join(_LAYOUT.sub("", text).split()).rstrip(".")
+    text = _WORDS.sub(r"\\text{\1}", text)
+    text = _SPELLED.sub(lambda match: "\\" + _SPELLINGS[match[1]], text)
     whole_text = _TEXT.fullmatch(text)
     if whole_text:
-        text = whole_text[1]
+        text = whole_text[1].strip().rstrip(".")
     text = _SPACE.sub(lambda match: match[1] or "", text)
-    text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
     text = re.sub(r"\\frac([0-9])", r"\\frac{\1}", text)
     return re.sub(r"(\\frac\{[^{}]*\})([0-9])", r"\1{\2}", text)
 
@@ -172,21 +408,216 @@ def _unscript(match: re.Match[str]) -> str:
     return f"{sign}{{{unicodedata.normalize('NFKC', superscript or subscript)}}}"
 
 
+def _same_text(one: str, other: str) -> bool:
+    """Whether two normalised texts are the same, but for the case of a word and the parentheses of a choice."""
+    if one == other:
+        return True
+    if _WORD.fullmatch(one) and _WORD.fullmatch(other):
+        return one.casefold() == other.casefold()
+    return bool(_CHOICE.fullmatch(one) or _CHOICE.fullmatch(other)) and one.strip("()") == other.strip("()")
+
+
 def number(text: str) -> Fraction | None:
-    """The exact value of a normalised integer, decimal or fraction of the two; `None` for anything else."""
-    if len(text) > MAX_LENGTH:
+    """The exact value of a normalised number: integer, decimal, fraction of the two, mixed, repeating, a·10^n.
+
+    `None` for anything else.
+    """
+    if len(text) > MAX_LENGTH or not text or text[0] not in "+-.0123456789\\":
         return None
     if _THOUSANDS.fullmatch(text):
-        text = re.sub("[{},]", "", text)
-    match = _NUMBER.fullmatch(text)
-    if match is None:
+        text = re.sub("[{}, ]", "", text)
+    if match := _NUMBER.fullmatch(text):
+        sign, whole, divisor, top, bottom = match.groups()
+        denominator = Fraction(divisor or bottom or 1)
+        if not denominator:
+            return None
+        value = Fraction(whole or top) / denominator
+    elif match := _MIXED.fullmatch(text):
+        sign, whole, top, bottom = match.groups()
+        if not int(bottom):
+            return None
+        value = int(whole) + Fraction(int(top), int(bottom))
+    elif match := _REPEATING.fullmatch(text):
+        sign, whole, digits, repeated = match.groups()
+        nines = 10 ** len(repeated) - 1
+        value = Fraction(int((whole + digits) or "0") * nines + int(repeated), nines * 10 ** len(digits))
+    elif match := _SCIENTIFIC.fullmatch(text):
+        sign, factor, braced, plain = match.groups()
+        exponent = int(braced or plain)
+        if abs(exponent) > MAX_SCALE:
+            return None
+        value = Fraction(factor or 1) * Fraction(10) ** exponent
+    else:
         return None
-    sign, whole, divisor, top, bottom = match.groups()
-    denominator = Fraction(divisor or bottom or 1)
-    if not denominator:
-        return None
-    value = Fraction(whole or top) / denominator
     return -value if sign == "-" else value
+
+
+def _surd(text: str) -> tuple[Fraction, int] | None:
+    r"""A normalised q·√r·π^k, with q and r rational, as its square, with its sign, and k: equal exactly where it is.
+
+    `None` for anything else.
+    """
+    value = number(text)
+    if value is not None:
+        return value * abs(value), 0
+    if match := _PRODUCT.fullmatch(text):
+        sign, factor, braced, plain, pi = match.groups()
+        if not (braced or plain or pi):
+            return None
+        value = number(factor or "1")
+        if value is None:
+            return None
+        square = value * abs(value) * Fraction(braced or plain or 1)
+        return (-square if sign == "-" else square), int(bool(pi and square))
+    sign, text = (text[0], text[1:]) if text[:1] in ("-", "+") else ("", text)
+    if text.startswith(r"\frac{"):
+        top, end = _group(text, len(r"\frac"))
+        bottom, end = _group(text, end)
+        whole = end == len(text)
+    else:
+        top, _, bottom = text.rpartition("/")
+        whole = bool(top) and re.fullmatch(_DECIMAL, bottom) is not None  # 1/2π may mean either
+    if not whole:
+        return None
+    above, below = (_surd(part.removeprefix("{").removesuffix("}")) for part in (top, bottom))
+    if above is None or below is None or not below[0]:
+        return None
+    square = above[0] / below[0]
+    return (-square if sign == "-" else square), above[1] - below[1] if square else 0
+
+
+def _without_names(gold: str, answer: str) -> tuple[str, str]:
+    """Both without `x =`, where both have the same, or the other is no relation."""
+    gold_name, name = _ASSIGNED.fullmatch(gold), _ASSIGNED.fullmatch(answer)
+    if gold_name and name:
+        return (gold_name[2], name[2]) if gold_name[1] == name[1] else (gold, answer)
+    if gold_name and not _RELATION.search(answer):
+        return gold_name[2], answer
+    if name and not _RELATION.search(gold):
+        return gold, name[2]
+    return gold, answer
+
+
+def _shape(text: str) -> _Shape:
+    text = _MEMBER.sub("", _ANGLES.sub(lambda match: "()"[match[1] == "r"], text), count=1)
+    if r"\begin" in text or number(_without_unit(_without_percent(text)[0])[0]) is not None:
+        return _Shape("one", (text,))
+    united = _split(text, _UNION)
+    if len(united) > 1:
+        return _Shape("union", united)
+    if text == r"\emptyset":
+        return _Shape("set", ())
+    opening = _OPENING.match(text)
+    closing = _CLOSING.search(text)
+    if opening and closing and _closes_last(text):
+        inside = text[opening.end() : closing.start()]
+        parts = _split(inside, _COMMA)
+        if opening[0] == r"\{" and not _CONDITION.search(inside):
+            return _Shape("set", parts if inside else ())
+        if len(parts) > 1:
+            return _Shape("tuple", parts, opening[0] + closing[0])
+    parts = _split(text, _AND)
+    if len(parts) == 1 and text.count(r"\pm") == 1:
+        parts = text.replace(r"\pm", "+").removeprefix("+"), text.replace(r"\pm", "-")
+    return _Shape("list", parts) if len(parts) > 1 else _Shape("one", (text,))
+
+
+def _split(text: str, separator: re.Pattern[str]) -> tuple[str, ...]:
+    """The parts between separators that are in no brackets; all of it where one part is empty."""
+    parts: list[str] = []
+    depth = start = position = 0
+    while position < len(text):
+        match = separator.match(text, position) if not depth else None
+        if match:
+            parts.append(text[start : match.start()])
+            start = position = match.end()
+            continue
+        depth += (text[position] in "([{") - (text[position] in ")]}")
+        position += 1
+    parts.append(text[start:])
+    return tuple(parts) if all(parts) and not depth else (text,)
+
+
+def _closes_last(text: str) -> bool:
+    """Whether the first bracket is closed by the last one."""
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if not depth and character in ")]}":
+            return position == len(text) - 1
+    return False
+
+
+def _comparable(gold: _Shape, answer: _Shape) -> bool:
+    """Whether two things of several parts are of kinds that can be equal."""
+    if gold.kind == answer.kind:
+        return gold.kind != "tuple" or len(gold.parts) > 2 or gold.brackets == answer.brackets
+    if {gold.kind, answer.kind} == {"list", "set"}:
+        return True
+    return gold.kind == "tuple" and answer.kind == "list" and gold.brackets == "()"
+
+
+def _distinct(parts: Sequence[str]) -> tuple[str, ...]:
+    values = {number(part) or part: part for part in parts}
+    return tuple(values.values())
+
+
+def _matched(golds: Sequence[str], answers: Sequence[str], same: Symbolic) -> bool | None:
+    """Whether the parts can be paired so that all pairs are equal."""
+    left = list(answers)
+    found: bool | None = True
+    for gold in golds:
+        undecided = False
+        for index, answer in enumerate(left):
+            equal = same(gold, answer)
+            if equal:
+                del left[index]
+                break
+            undecided = undecided or equal is None
+        else:
+            if not undecided:
+                return False
+            found = None
+    return found
+
+
+def _without_percent(text: str) -> tuple[str, bool]:
+    match = _PERCENT.search(text)
+    return (text[: match.start()], True) if match and match.start() else (text, False)
+
+
+def _without_unit(text: str) -> tuple[str, str]:
+    """The value, and the unit in one spelling; empty where there is none."""
+    currency = _CURRENCY.match(text)
+    if currency and len(text) > 1:
+        return text[1:], _unit(currency[0], "")
+    base = _BASE.search(text)
+    if base:
+        return text[: base.start()], f"base {base[1] or base[2]}"
+    degrees = _DEGREES.search(text)
+    if degrees and degrees.start() and not _FUNCTION.search(text):
+        return text[: degrees.start()], f"degree{degrees[1] or degrees[2] or ''}"
+    labels = _LABELS.search(text)
+    if labels and labels.start():
+        units = [_unit(label, braced or power) for label, braced, power in _ONE_LABEL.findall(labels[0])]
+        return text[: labels.start()], "/".join(units)
+    bare = _BARE.search(text)
+    if bare:
+        return text[: bare.start()], _unit(bare[1], bare[2] or bare[3] or "")
+    return text, ""
+
+
+def _unit(label: str, power: str) -> str:
+    """`squarecm`, `cm` with power 2, `meters per second`: centimeter^2, centimeter^2, meter/second."""
+    words = [re.sub(r"[^A-Za-z€£¥₹°]", "", word) for word in re.split(r"/|(?<=[a-z])per(?=[a-z])", label.casefold())]
+    units = []
+    for word in words:
+        for prefix, rank in (("square", "2"), ("sq", "2"), ("cubic", "3"), ("cu", "3")):
+            rest = word.removeprefix(prefix)
+            if rest != word and rest in _UNIT and rest not in ("unit", "units"):
+                word, power = rest, rank
+        units.append(_UNIT.get(word, word.removesuffix("s")))
+    return "/".join(units) + (f"^{power}" if power else "")
 
 
 def refuse(text: str) -> str | None:
@@ -272,26 +703,24 @@ def _digits(text: str) -> int:
     return sum(character in "0123456789" for character in text)
 
 
-def _equal(gold: str, answer: str) -> bool:
-    """Whether math-verify finds two normalised answers equal."""
-    from math_verify import verify
-
-    gold_parsed, answer_parsed = _parse(gold), _parse(answer)
-    if not gold_parsed or not answer_parsed:
-        return False
-    return bool(verify(gold_parsed, answer_parsed, timeout_seconds=None))
-
-
 @lru_cache(maxsize=1024)
 def _parse(answer: str) -> list[Any]:
     """What math-verify reads in `answer`, as sympy objects; empty when it reads nothing."""
+    from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-untyped]
     from math_verify import LatexExtractionConfig, parse
 
-    # Both modules warn that there is no deadline, which the docstring above says.
+    # Both modules warn that there is no deadline: the worker has one.
     for module in ("parser", "grader"):
         logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
     # Boxes only: the extraction of plain expressions would hand model text to sympy's parse_expr, which evaluates it.
-    only_boxes = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+    # Units are dealt with above: math-verify takes the t of 2t for one.
+    only_boxes = LatexExtractionConfig(
+        boxed_match_priority=0,
+        try_extract_without_anchor=False,
+        normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="last"),
+    )
+    if _FUNCTION.search(answer):  # degrees are no unit there
+        answer = _DEGREE.sub(r"(\\frac{\1\\pi}{180})", answer)
     parsed: list[Any] = parse(
         rf"\boxed{{{answer}}}",
         extraction_config=[only_boxes],
@@ -300,3 +729,22 @@ def _parse(answer: str) -> list[Any]:
         parsing_timeout=None,
     )
     return parsed
+
+
+def _named_i(expression: Any) -> list[Any]:
+    """The symbols i in what math-verify read, which takes none for the imaginary unit."""
+    return [symbol for symbol in getattr(expression, "free_symbols", ()) if symbol.name == "i"]
+
+
+def _imaginary(expression: Any) -> Any:
+    from sympy import I  # type: ignore[import-untyped]
+
+    return expression.subs({symbol: I for symbol in _named_i(expression)}, simultaneous=True).doit()
+
+
+def _evaluate(expression: Any) -> Fraction | None:
+    """The value of a sympy object to 30 digits; None where it is no real number."""
+    try:
+        return Fraction(str(expression.evalf(30)))
+    except (AttributeError, TypeError, ValueError):
+        return None

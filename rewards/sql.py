@@ -17,20 +17,15 @@ MySQL function is rewritten, and the caps are ours.
 A query is model text, so it reads and does nothing else. The file is opened with `mode=ro&immutable=1`; an authoriser
 allows SELECT, column reads, recursion and a list of functions, and so no virtual tables and table functions; one
 statement, without parameters; caps on text, values, expressions, rows and bytes; 128 MiB for SQLite; no temporary
-files. Left out of the functions is what writes, loads code, is random, or lets one call run for seconds (`printf`,
-`json_patch`). Nothing may write to the file during a run.
+files. Left out of the functions is what writes, loads code, is random, or lets one call run for seconds and is of no
+use for questions (`json_patch`). Nothing may write to the file during a run.
 
-The deadline is looked at between SQLite's instructions and rows, on any thread. In the calling process it cannot
-interrupt (times of one machine, at the caps):
-- the preparation of a statement that SQLite expands, such as a chain of table expressions that each name the previous
-  one twice: it ends when the memory does, after about 1 s;
-- one sort of what is in memory: up to 4 s;
-- the function calls within one row: 0.1 s each for `instr`, `replace`, LIKE and GLOB on two long texts, of which a
-  statement may have 32;
-- a read from a file system that hangs.
+A query's deadline, `timeout`, is looked at between SQLite's instructions and rows. What lies within one of them cannot
+be interrupted: `printf('%.*c', 1000000000, 'x')` (12 s), one sort of what is in memory (4 s), the preparation of a
+statement that SQLite expands, a read from a file system that hangs. So queries run in a worker process, which is killed
+half a second after the deadline. For a gold query, that is `unparseable_gold`.
 
-The memory limit is SQLite's own (`hard_heap_limit`), which holds for every connection of the process and cannot be
-raised again within it.
+The memory limit is SQLite's own (`hard_heap_limit`), which holds for all connections of the worker.
 """
 
 from __future__ import annotations
@@ -50,21 +45,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from posttrain import rewards
 from posttrain.errors import UserError
 from posttrain.rewards import RewardOptions, Status, Verdict, Verifier, after_thinking
 
 MAX_QUERY = 10_000
 """Characters of a query."""
 MAX_BYTES = 64 * 2**20
-"""Memory of a result, as Python counts it; as much again for all cached gold results."""
+"""Memory of a result, as Python counts it; as much again for all gold results that a worker keeps."""
 MAX_GOLDS = 256
-"""Gold results in the cache."""
+"""Gold results that a worker keeps."""
 MAX_QUADRATIC_CALLS = 32
 """Calls in one statement of functions whose cost grows with the product of their arguments' lengths."""
 MAX_TRIM = 100
 """Characters in the second argument of `trim`, `ltrim` and `rtrim`."""
 HEAP_LIMIT = 128 * 2**20
-"""Bytes of memory for SQLite, in the whole process."""
+"""Bytes of memory for SQLite, in a worker."""
 CHECK_EVERY = 100
 """Instructions of SQLite's virtual machine between two looks at the clock."""
 
@@ -81,12 +77,12 @@ _LIMITS = {
 _FUNCTIONS = frozenset({
     "abs", "avg", "ceil", "ceiling", "char", "coalesce", "concat", "concat_ws", "count", "cume_dist",
     "current_date", "current_time", "current_timestamp", "date", "datetime", "degrees", "dense_rank", "exp",
-    "first_value", "floor", "glob", "group_concat", "hex", "if", "ifnull", "iif", "instr", "julianday", "lag",
+    "first_value", "floor", "format", "glob", "group_concat", "hex", "if", "ifnull", "iif", "instr", "julianday", "lag",
     "last_value", "lead", "length", "like", "likelihood", "likely", "ln", "log", "log10", "log2", "lower", "ltrim",
     "max", "median", "min", "mod", "nth_value", "ntile", "nullif", "octet_length", "percent_rank", "percentile",
-    "pi", "pow", "power", "quote", "radians", "rank", "replace", "round", "row_number", "rtrim", "sign", "soundex",
-    "sqrt", "strftime", "string_agg", "substr", "substring", "sum", "time", "timediff", "total", "trim", "trunc",
-    "typeof", "unhex", "unicode", "unixepoch", "unlikely", "upper", "acos", "acosh", "asin", "asinh", "atan",
+    "pi", "pow", "power", "printf", "quote", "radians", "rank", "replace", "round", "row_number", "rtrim", "sign",
+    "soundex", "sqrt", "strftime", "string_agg", "substr", "substring", "sum", "time", "timediff", "total", "trim",
+    "trunc", "typeof", "unhex", "unicode", "unixepoch", "unlikely", "upper", "acos", "acosh", "asin", "asinh", "atan",
     "atan2", "atanh", "cos", "cosh", "sin", "sinh", "tan", "tanh", "json", "json_array", "json_array_length",
     "json_extract", "json_group_array", "json_group_object", "json_object", "json_quote", "json_type", "json_valid",
     "->", "->>",
@@ -109,7 +105,7 @@ class Options(RewardOptions):
     """When two results are equal: as sets of rows, with repeated rows counted, or row by row in order."""
     partial_credit: Literal["none", "columns_0.8"] = "none"
     """Reward of a query that runs and is not correct: 0, or up to 0.8 for columns that match (DPH-RL)."""
-    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
+    timeout: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 5.0
     """Seconds for one query, the gold one included."""
     max_rows: Annotated[int, Field(gt=0)] = 100_000
     """Rows that a query may return, repeated ones included."""
@@ -149,6 +145,8 @@ class Reward(Verifier):
 
     name = "sql"
     requires = ("db", "answer")
+    isolated = True
+    row_first = True
 
     def __init__(self, options: Options) -> None:
         if sqlite3.sqlite_version_info < (3, 31):
@@ -171,6 +169,11 @@ class Reward(Verifier):
         self.__dict__.update(state)
         self._forget()
 
+    @property
+    def deadline(self) -> float:
+        """Seconds for the gold query, and for the answer: some more, so that SQLite notices first if it can."""
+        return float(self.options.timeout + 0.5)
+
     def verify(self, completion: str, row: Mapping[str, Any]) -> Verdict:
         """Judge the query; `Verdict.answer` is its text with white space normalised."""
         gold_query = row["answer"]
@@ -183,6 +186,7 @@ class Reward(Verifier):
             if failure.status == "verifier_error":
                 return Verdict(None, "verifier_error", detail=str(failure))
             return Verdict(None, "unparseable_gold", detail=f"the gold query ({failure.status}): {failure}")
+        rewards.completion_begins()
         query = _extract(completion)
         if not query:
             return Verdict(0.0, "no_answer")

@@ -72,7 +72,8 @@ ATTACKS: list[tuple[str, str]] = [
     ("SELECT count(*) FROM city UNION ALL SELECT load_extension('evil') WHERE 0", "wrong"),
     ("SELECT zeroblob(1000000000)", "wrong"),
     ("SELECT randomblob(1000000000)", "wrong"),
-    ("SELECT printf('%.*c', 1000000000, 'x')", "wrong"),
+    ("SELECT printf('%.*c', 1000000000, 'x')", "timeout"),  # SQLite cannot be interrupted in it
+    ("SELECT count(*) FROM city WHERE length(printf('%.*c', 999999999, name)) > 0", "timeout"),
     ("SELECT format('%1000000000d', 1)", "wrong"),
     ("SELECT 4 LIMIT random()", "wrong"),
     ("SELECT * FROM pragma_table_info('city')", "wrong"),
@@ -95,9 +96,9 @@ ATTACKS: list[tuple[str, str]] = [
     ("SELECT '" + "a" * 10_000_000 + "'", "resource"),
     (" UNION ".join(["SELECT 1"] * 51), "resource"),
     ("SELECT 1 FROM " + ", ".join(f"n n{i}" for i in range(65)), "resource"),
-    (f"WITH c0 AS (SELECT 1 AS a), {COPIES} SELECT a FROM c30", "resource"),
-    (f"WITH c0 AS (SELECT people AS a FROM city), {SUMS} SELECT a FROM c40", "resource"),
-    (ENDLESS + "SELECT i FROM c", "resource"),
+    (f"WITH c0 AS (SELECT 1 AS a), {COPIES} SELECT a FROM c30", "resource|timeout"),
+    (f"WITH c0 AS (SELECT people AS a FROM city), {SUMS} SELECT a FROM c40", "resource|timeout"),
+    (ENDLESS + "SELECT i FROM c", "resource|timeout"),  # whatever comes first
     (ENDLESS + "SELECT count(*) FROM c", "timeout"),
     (ENDLESS + "SELECT i FROM c ORDER BY i * 7919 % 1000003, i LIMIT 1 OFFSET 100000000", "timeout"),
     ("SELECT count(*) FROM n a, n b, n c, n d", "timeout"),
@@ -126,6 +127,11 @@ def fence(query: str) -> str:
 
 
 def verdict(verifier: Verifier, query: str, gold: str, database: Path | str) -> Verdict:
+    """In this process, which the tests may patch and trust their queries in."""
+    return verifier.attempt(fence(query), {"db": str(database), "answer": gold})
+
+
+def in_a_worker(verifier: Verifier, query: str, gold: str, database: Path | str) -> Verdict:
     return verifier.score([fence(query)], [{"db": str(database), "answer": gold}])[0]
 
 
@@ -317,13 +323,28 @@ def untouched(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(("attack", "status"), ATTACKS, ids=lambda value: ascii(value[:40]))
 def test_an_attack_scores_zero_in_time_and_changes_nothing(database: Path, attack: str, status: str) -> None:
     verifier = rewards.load("sql", {"timeout": TIMEOUT, "partial_credit": "columns_0.8"})
+    in_a_worker(verifier, "SELECT 4", "SELECT count(*) FROM city", database)  # where the gold result is kept then
     start = time.perf_counter()
-    found = verdict(verifier, attack, "SELECT count(*) FROM city", database)
-    assert time.perf_counter() - start < TIMEOUT + 1.0
+    found = in_a_worker(verifier, attack, "SELECT count(*) FROM city", database)
+    assert time.perf_counter() - start < verifier.deadline + 1.0
     assert found.reward == 0.0
-    assert found.status == status, found
+    assert found.status in status.split("|"), found
     assert len(found.detail) <= 200
-    assert verdict(verifier, "SELECT 4", "SELECT count(*) FROM city", database).reward == 1.0
+    assert in_a_worker(verifier, "SELECT 4", "SELECT count(*) FROM city", database).reward == 1.0
+
+
+@pytest.mark.usefixtures("untouched")
+def test_an_attack_costs_nobody_else_the_verdict(database: Path) -> None:
+    assert len(ATTACKS) >= 31
+    verifier = rewards.load("sql", {"timeout": 0.2})
+    answers = ["SELECT 4", *(query for query, status in ATTACKS if "timeout" not in status), ATTACKS[25][0]]
+    answers = [each for attack in answers for each in (attack, "SELECT count(*) FROM city", "SELECT 5")]
+    row = {"db": str(database), "answer": "SELECT count(*) FROM city"}
+    found = verifier.score([fence(answer) for answer in answers], [row] * len(answers))
+    assert [verdict.reward for verdict in found[::3]] == [1.0] + [0.0] * (len(answers) // 3 - 1)
+    assert {verdict.reward for verdict in found[1::3]} == {1.0}
+    assert {verdict.status for verdict in found[2::3]} == {"wrong"}
+    assert found[-3].status == "timeout"
 
 
 @pytest.mark.usefixtures("untouched")
@@ -458,7 +479,7 @@ def test_it_works_in_several_threads(database: Path) -> None:
 
     def judge() -> None:
         for answer in ("SELECT 4", "SELECT 5", ENDLESS + "SELECT count(*) FROM c", "SELECT count(i) FROM n"):
-            found.append((answer[:8], verdict(verifier, answer, "SELECT count(*) FROM city", database).status))
+            found.append((answer[:8], in_a_worker(verifier, answer, "SELECT count(*) FROM city", database).status))
 
     threads = [threading.Thread(target=judge) for _ in range(3)]
     start = time.perf_counter()
@@ -466,7 +487,7 @@ def test_it_works_in_several_threads(database: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert time.perf_counter() - start < TIMEOUT + 1.0
+    assert time.perf_counter() - start < 3 * TIMEOUT + 1.0  # one after another, where there is one worker
     assert Counter(found) == {("SELECT 4", "ok"): 3, ("SELECT 5", "wrong"): 3, ("WITH REC", "timeout"): 3,
                               ("SELECT c", "wrong"): 3}  # fmt: skip
 
