@@ -1,7 +1,7 @@
 """Countdown: an arithmetic expression that uses every given number once and equals the target.
 
 The answer is what the last `<answer>...</answer>` holds, or else the last line that is not empty; a trailing
-`= target` is dropped. Only what follows the last `</think>` counts.
+`= target` is dropped. Only what follows the last `</think>` counts, and with a `separator` only what follows that.
 
 Grammar: non-negative integers, `+ - * /`, parentheses; no unary minus. Values are exact fractions. Nothing is ever
 evaluated as code: the text goes through a tokenizer and a shunting-yard of our own.
@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
+from pydantic import Field, model_validator
+
 from posttrain.rewards import RewardOptions, Verdict, Verifier, after_thinking
 
 MAX_TOKENS = 64
@@ -23,6 +25,7 @@ MAX_DIGITS = 18
 
 _TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+_WRITTEN = frozenset("0123456789+-*/()= \t\n\r")
 _LEVELS = {
     "standard": {"+": 1, "-": 1, "*": 2, "/": 2},
     "left_to_right": {"+": 1, "-": 1, "*": 1, "/": 1},
@@ -34,6 +37,18 @@ class Options(RewardOptions):
 
     precedence: Literal["left_to_right", "standard"] = "standard"
     """How an expression is read: with the usual precedence and parentheses, or strictly left to right without them."""
+    # Out of what a store or an evaluation remembers as long as it says nothing.
+    separator: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Between attempts, as in `3*5+7,3*7+3`: only what follows the last one is judged. Default: one attempt."""
+
+    @model_validator(mode="after")
+    def _separator_is_no_expression(self) -> Options:
+        if self.separator is not None and (not self.separator or set(self.separator) & _WRITTEN):
+            raise ValueError(
+                f"separator {self.separator!r} is empty or part of what expressions are written in: choose other "
+                "characters, such as ','"
+            )
+        return self
 
 
 class Reward(Verifier):
@@ -51,7 +66,7 @@ class Reward(Verifier):
         if not numbers or not all(isinstance(n, int) for n in (*numbers, target)):
             detail = f"numbers {numbers!r} and target {target!r} are not all integers"
             return Verdict(None, "unparseable_gold", detail=detail)
-        text = _extract(completion, target)
+        text = _extract(completion, target, self.options.separator)
         if not text:
             return Verdict(0.0, "no_answer")
         try:
@@ -74,13 +89,15 @@ class Reward(Verifier):
         return None if solution is None else str(solution)
 
 
-def _extract(completion: str, target: int) -> str:
+def _extract(completion: str, target: int, separator: str | None) -> str:
     """The text of the answer, empty when there is none."""
     text = after_thinking(completion) or ""
     before, closed, _ = text.rpartition("</answer>")
     _, opened, inside = before.rpartition("<answer>")
     if not (closed and opened):
         inside = (text.strip().splitlines() or [""])[-1]
+    if separator is not None:
+        inside = inside.rpartition(separator)[2]
     expression, equals, result = inside.rpartition("=")
     return (expression if equals and result.strip() == str(target) else inside).strip()
 

@@ -4,6 +4,9 @@ The prompt `337=24` lists the digits in order and the target; `3*7+3` answers it
 precedence and there are no parentheses. Prompts are the distinct pairs of a multiset of digits
 and a target that some expression reaches.
 
+With `attempts`, an answer may try: `3*5+7,3*7+3` stands for `3*7+3`, for what follows the last comma is judged. A warm
+start then shows solutions after up to that many wrong expressions, so that answers differ in length, wrong ones too.
+
 They are drawn as if by drawing expressions uniformly at random and keeping each new prompt, so prompts with many
 solutions tend to come first, and a smaller `rows` is a prefix of a larger one.
 """
@@ -18,7 +21,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from posttrain.tasks import Row, Split, TaskOptions
-from posttrain.tasks._characters import CharacterTask, divide
+from posttrain.tasks._characters import ALPHABET, CharacterTask, divide
+
+SEPARATOR = ","
+"""Between attempts; no character of `ALPHABET`, all of which prompts and expressions use already."""
 
 Prompt = tuple[tuple[int, ...], int]
 """The sorted numbers and the target."""
@@ -40,6 +46,8 @@ class Options(TaskOptions):
     proportion to `eval_share`."""
     eval_share: Annotated[float, Field(ge=0, lt=1)] = 0.16
     """Share of all prompts that is held out."""
+    attempts: Annotated[int, Field(ge=0)] = 0
+    """Most wrong expressions before the solution in a demonstration; their number is drawn uniformly."""
     seed: int = 0
     """Of the draw, which decides the order of the prompts and, with `rows`, which of them are used."""
 
@@ -60,14 +68,28 @@ class Task(CharacterTask):
 
     @property
     def verifier(self) -> tuple[str, dict[str, Any]]:
-        """The reward `countdown`, read left to right."""
-        return "countdown", {"precedence": "left_to_right"}
+        """The reward `countdown`, read left to right, of the last attempt."""
+        options = {"precedence": "left_to_right"}
+        return "countdown", {**options, "separator": SEPARATOR} if self.options.attempts else options
+
+    @property
+    def alphabet(self) -> str:
+        """Digits, operators, the signs that frame a prompt, and with `attempts` their separator."""
+        return ALPHABET + SEPARATOR if self.options.attempts else ALPHABET
 
     def demonstrations(self, rows: Sequence[Row], count: int, *, seed: int) -> list[tuple[Row, str]]:
-        """Uniformly random rows, each with a uniformly random solution."""
+        """Uniformly random rows, each with a uniformly random solution, with `attempts` after wrong expressions."""
         draw = random.Random(seed)
         chosen = draw.choices(rows, k=count)
-        return [(row, draw.choice(self._solutions[tuple(row["numbers"]), row["target"]])) for row in chosen]
+        return [(row, self._demonstration(row, draw)) for row in chosen]
+
+    def _demonstration(self, row: Row, draw: random.Random) -> str:
+        solutions = self._solutions[tuple(row["numbers"]), row["target"]]
+        solution = draw.choice(solutions)
+        if not self.options.attempts:
+            return solution
+        tried = [_wrong(row["numbers"], solutions, draw) for _ in range(draw.randint(0, self.options.attempts))]
+        return SEPARATOR.join([*tried, solution])
 
     @property
     def _solutions(self) -> Mapping[Prompt, list[str]]:
@@ -82,7 +104,18 @@ class Task(CharacterTask):
         drawn = sorted(solutions, key=lambda prompt: draw.expovariate(len(solutions[prompt])))
         wanted = 4000 if options.rows is None and options.numbers == 4 else options.rows
         rows = (_row(prompt, solutions[prompt]) for prompt in drawn)
+        if options.attempts:  # in the rows, because by their fingerprint warm starts are told apart
+            rows = ({**row, "attempts": options.attempts} for row in rows)
         return divide(self.name, rows, wanted, options.eval_share, identity=lambda row: str(row["key"]))
+
+
+def _wrong(numbers: Sequence[int], solutions: Sequence[str], draw: random.Random) -> str:
+    """An expression that uses every number once and misses the target, uniformly among those that do."""
+    while True:
+        first, *others = draw.sample(numbers, k=len(numbers))
+        text = str(first) + "".join(draw.choice("+-*") + str(number) for number in others)
+        if text not in solutions:
+            return text
 
 
 def _row(prompt: Prompt, solutions: Sequence[str]) -> Row:
