@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.table import Table
 
 from posttrain.errors import UserError
 from posttrain.evaluation.compare import Comparison, compare, difference, headlines
 from posttrain.evaluation.evaluate import EvaluationResult
 from posttrain.evaluation.measures import Measured
 from posttrain.evaluation.metrics import Estimate, paired_difference
-from posttrain.evaluation.summary import table, to_json, verdict
+from posttrain.evaluation.summary import further_tables, table, to_json, verdict
 from posttrain.evaluation.sweep import ordering, orderings
 from posttrain.evaluation.wording import in_words, numbers
 
@@ -207,12 +208,16 @@ def test_a_verdict_of_many_is_short_and_true() -> None:
     )
 
 
-def lines(comparison: Comparison, width: int = 100) -> list[str]:
+def rendered(shown: Table, width: int) -> str:
     from rich.console import Console
 
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(table(comparison))
-    return console.export_text().splitlines()
+    console.print(shown)
+    return console.export_text()
+
+
+def lines(comparison: Comparison, width: int = 100) -> list[str]:
+    return rendered(table(comparison), width).splitlines()
 
 
 def test_the_table_of_a_sweep_is_its_pools() -> None:
@@ -308,6 +313,109 @@ def test_answers_without_a_verifier_are_compared_by_their_measures() -> None:
     json.loads(to_json(comparison))
 
 
+# the same runs on a further task: js forgets in both seeds, the others only scatter
+ELSEWHERE = {
+    "base": [6] * 40,
+    "js-seed0": [4] * 40,
+    "js-seed1": [2] * 40,
+    "reverse_kl-seed0": [6] * 40,
+    "reverse_kl-seed1": [6] * 40,
+    "grpo": [7, 5] * 20,
+}
+
+
+def with_further(labels: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> Comparison:
+    return compare(
+        {label: evaluation(label, COUNTS[label]) for label in labels},
+        "base",
+        settings=settings,
+        further={label: {"products": evaluation(label, ELSEWHERE[label])} for label in labels},
+    )
+
+
+def test_further_tasks_are_compared_and_pooled_like_the_main_one() -> None:
+    comparison = with_further(list(COUNTS), SWEEP)
+    products = comparison.further["products"]
+    js = products.pools["js"]
+    assert list(products.pools) == list(comparison.pools)
+    assert js.runs == ("js-seed0", "js-seed1")
+    # (4 + 2) / 2 of 8, against 6 of 8 everywhere
+    assert js.pass_at_k[1].value == 3 / 8
+    assert js.minus_base["pass@1"] == (-3 / 8, -3 / 8, -3 / 8)
+    # the base finds all with four answers (C(2, 4) = 0); js 1 − C(4, 4)/70 and 1 − C(6, 4)/70
+    assert js.retention[4] is not None
+    assert js.retention[4].value == pytest.approx((69 + 55) / 140, rel=1e-12)
+    assert js.gain[4] is None
+    # the main numbers are what they are without it
+    assert comparison.pools == swept().pools
+    assert comparison.differences == swept().differences
+    assert verdict(comparison) == [
+        *verdict(swept()),
+        "On products, 1 of the 3 trained is significantly below base in pass@1, furthest js (−37.5 points [−37.5, "
+        "−37.5]); 1 of the 3 trained is significantly below base in pass@4, furthest js (−11.4 points [−11.4, −11.4]).",
+    ]
+
+
+def test_a_verdict_tells_what_each_of_few_runs_forgot() -> None:
+    comparison = with_further(["base", "js-seed0", "grpo", "reverse_kl-seed0"], {})
+    # 4 of 8 and 69/70 against 6 of 8 and 1
+    assert verdict(comparison)[-1] == (
+        "On products, against base: js-seed0 lowered pass@1 (−25.0 points [−25.0, −25.0]) and lowered pass@4 "
+        "(−1.4 points [−1.4, −1.4]); grpo, reverse_kl-seed0 show no significant change."
+    )
+    again = compare(
+        {label: evaluation(label, [4] * 40) for label in ("base", "js")},
+        "base",
+        further={"base": {"products": evaluation("base", [2] * 40)}, "js": {"products": evaluation("js", [4] * 40)}},
+    )
+    assert verdict(again)[-1].startswith("On products, against base: js raised pass@1 (+25.0 points [25.0, 25.0]) and")
+    one = with_further(["base", "reverse_kl-seed0"], {})
+    assert verdict(one)[-1] == "On products, against base: reverse_kl-seed0 shows no significant change."
+    assert len(verdict(with_further(["base"], {}))) == 0
+
+
+def test_a_sweep_that_forgets_nothing_says_so() -> None:
+    labels = ["base", "reverse_kl-seed0", "reverse_kl-seed1"]
+    settings = {label: SWEEP[label] for label in labels[1:]}
+    assert verdict(with_further(labels, settings))[-1] == "On products, none of the 1 trained differs significantly."
+
+
+def test_further_tasks_have_a_table_each_and_stand_in_the_json() -> None:
+    comparison = with_further(["base", "js-seed0", "grpo"], {})
+    (found,) = further_tables(comparison)
+    text = rendered(found, 80)
+    assert "On products" in text
+    assert re.search(r"│ pass@1, % +│ 75.0 \[75.0, 75.0\] │ 50.0 \[50.0, 50.0\] │ 75.0 \[", text)
+    assert re.search(r"│ retention@4, % │ +100 \[100, 100\] │ 98.6 \[98.6, 98.6\] │", text)
+    assert "distinct" not in text
+    assert "40 problems, 8 answers each." in text
+    assert max(map(len, text.splitlines())) <= 80
+    pooled = rendered(further_tables(with_further(list(COUNTS), SWEEP))[0], 100)
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in pooled.splitlines() if line.startswith("│")]
+    # the mean of 4 and 2 of 8 with its range; 62/70 with that of 55/70 and 69/70
+    assert [row[:3] for row in cells[1:3]] == [["js", "37.5", "88.6"], ["", "25.0–50.0", "78.6–98.6"]]
+    assert further_tables(swept()) == []
+
+    content, without = json.loads(to_json(comparison)), json.loads(to_json(swept()))
+    assert without["further"] == {}
+    products = content["further"]["products"]
+    assert set(products) == set(content) == set(without)
+    assert products["runs"]["js-seed0"]["pass_at_k"]["1"]["value"] == 0.5
+    assert products["differences"][0] == {
+        "run": "js-seed0", "against": "base", "k": 1, "estimate": {"value": -0.25, "low": -0.25, "high": -0.25},
+    }  # fmt: skip
+    assert not {"results", "values"} & set(products)
+
+
+def test_a_run_without_a_further_task_is_refused() -> None:
+    results = {label: evaluation(label, [4] * 40) for label in ("base", "js")}
+    there = {label: {"products": evaluation(label, [4] * 40)} for label in results}
+    with pytest.raises(UserError, match="'js' was not evaluated on the further task 'products', as others were"):
+        compare(results, "base", further={"base": there["base"]})
+    with pytest.raises(UserError, match="no evaluation 'jss' to compare; did you mean 'js'"):
+        compare(results, "base", further=there | {"jss": there["js"]})
+
+
 def test_what_does_not_belong_together_is_refused() -> None:
     results = {"base": evaluation("base", [4] * 40)}
     short = {"reverse_kl": measured("reverse_kl", [1] * 39, [1] * 39)}
@@ -348,6 +456,7 @@ def test_settings_in_words(settings: dict[str, Any], words: str) -> None:
     ("estimate", "unit", "text"),
     [
         ((0.3412, 0.3, 0.4), "%", ["34.1", "30.0", "40.0"]),
+        ((0.9996, 0.99, 1.0), "%", ["100.0", "99.0", "100"]),
         ((0.01234, -0.001, 0.02), "nats per token", ["0.0123", "−0.0010", "0.0200"]),
         ((12.34, 11, 13), "nats per answer", ["12.3", "11.0", "13.0"]),
         ((0.0, 0.0, 0.0), "nats per answer", ["0", "0", "0"]),

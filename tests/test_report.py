@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from posttrain.errors import UserError
 from posttrain.evaluation.compare import Comparison, compare
 from posttrain.evaluation.evaluate import EvaluationResult
-from posttrain.evaluation.figures import _hidden, _overlap, _together
+from posttrain.evaluation.figures import Style, _hidden, _logged_line, _overlap, _together
 from posttrain.evaluation.measures import Bin, Measured
 from posttrain.evaluation.metrics import pass_at_k
 from posttrain.evaluation.report import write_report
@@ -269,7 +270,7 @@ def test_a_single_policy_can_be_reported(tmp_path: Path) -> None:
     alone = compare({"base": evaluation("base", [N] * 6)}, "base")
     text = report(alone, tmp_path)
     assert "Paired differences" not in text
-    assert "100.0" in text
+    assert '100<span class="interval">[100, 100]</span>' in text.replace("\n", "")
 
 
 BINS = (Bin(0.5, 0.75, 30, 0.6, 0.5), Bin(0.75, 1.0, 10, 0.9, 0.8))
@@ -361,9 +362,36 @@ def test_a_sweep_is_shown_by_its_pools(tmp_path: Path) -> None:
 def test_curves_of_a_pool_are_means_over_its_seeds() -> None:
     first, second = (np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0])), (np.array([2.0, 3.0]), np.array([7.0, 0.0]))
     steps, values = _together([first, (np.array([]), np.array([])), second])
-    # steps 2 and 3 are common to the two that logged anything: (5 + 7) / 2 and (6 + 0) / 2
-    assert (steps.tolist(), values.tolist()) == ([2.0, 3.0], [6.0, 3.0])
+    # steps 2 and 3 are common to the two that logged anything
+    assert (steps.tolist(), values.tolist()) == ([2.0, 3.0], [[5.0, 6.0], [7.0, 0.0]])
     assert [len(values) for values in _together([])] == [0, 0]
+
+
+def test_a_pool_is_drawn_as_the_mean_and_the_range_of_its_seeds() -> None:
+    steps = np.arange(3.0)
+    axes = Figure().add_subplot()
+    _logged_line(axes, steps, np.array([[1.0, 2.0, 6.0], [3.0, 2.0, 4.0]]), Style(1), banded=True)
+    (mean,), (band,) = axes.lines, axes.collections
+    assert list(mean.get_ydata()) == [2.0, 2.0, 5.0]
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()}
+    assert corners == {(0.0, 1.0), (0.0, 3.0), (1.0, 2.0), (2.0, 4.0), (2.0, 6.0)}
+    # of one seed what it logged; in a crowd the mean alone
+    axes = Figure().add_subplot()
+    _logged_line(axes, steps, np.array([[1.0, 2.0, 6.0]]), Style(1), banded=True)
+    assert [list(line.get_ydata()) for line in axes.lines] == [[1.0, 2.0, 6.0]] * 2
+    assert len(axes.collections) == 0
+    axes = Figure().add_subplot()
+    _logged_line(axes, steps, np.ones((4, 3)), Style(1), banded=False)
+    assert (len(axes.lines), len(axes.collections)) == (1, 0)
+
+
+def test_metrics_that_a_trainer_names_are_drawn_after_the_usual_ones(comparison: Comparison, tmp_path: Path) -> None:
+    history = [{"step": s, "reward": 0.1 * s, "apo/length": 7.0 + s, "apo/other": 1.0} for s in range(4)]
+    histories = {"grpo": history, "dph_rl": history}
+    text = report(comparison, tmp_path, histories=histories, curves={"apo/length": "length, tokens"})
+    assert re.findall(r'aria-label="([^"]*) by step', text) == ["mean reward", "length, tokens"]
+    without = report(comparison, tmp_path, histories=histories)
+    assert re.findall(r'aria-label="([^"]*) by step', without) == ["mean reward"]
 
 
 def test_labels_keep_off_one_another() -> None:
@@ -372,6 +400,57 @@ def test_labels_keep_off_one_another() -> None:
     assert _overlap(left, (10.0, 4.0, 12.0, 6.0)) == 0.0
     # a box of 40 of which 20 lie outside, and 8 under another
     assert _hidden(left, [right], (0.0, 2.0, 30.0, 30.0)) == 8 + 3 * 20
+
+
+def further(results: dict[str, EvaluationResult], **changes: Any) -> dict[str, dict[str, EvaluationResult]]:
+    """A further task that the base solves in 6 of 8 answers, a collapsed run in 2, and all others as the base."""
+    return {label: {"products": evaluation(label, [2 if label == "grpo" else 6] * 40, **changes)} for label in results}
+
+
+@pytest.mark.parametrize("labels", [["base", "grpo"], ["base", "grpo", "dph_rl"], [*"abcde", "base", "grpo"]])
+def test_further_tasks_have_a_section_with_paired_differences(labels: list[str], tmp_path: Path) -> None:
+    results = {label: evaluation(label, KEPT) for label in labels}
+    comparison = compare(results, "base", further=further(results))
+    text = report(comparison, tmp_path)
+    page = _Page()
+    page.feed(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    section = text[text.index("<h2>On other tasks</h2>") :]
+    section = section[: section.index("<h2>By number of solutions</h2>")].replace("\n", "")
+    assert "<h3>products</h3>" in section
+    row = next(row for row in section.split("<tr>") if ">grpo</span>" in row)
+    # 2 of 8 and 55/70, against 6 of 8 and 1: significant, so bold; and what was solved with four answers and is now
+    assert re.findall(r'<td class="number">(?:<span class="strong">)?([^<]+)<', row) == [
+        "25.0", "−50.0", "78.6", "−21.4", "78.6", "–",
+    ]  # fmt: skip
+    assert row.count("strong") == 2
+    # two drawings, where there is more than one point to draw
+    assert section.count("<svg") == (2 if len(labels) > 2 else 0)
+    assert ("Drawings: what was learned" in section) == (len(labels) > 2)
+    assert "On products, against base: grpo lowered pass@1 (−50.0 points" in html.unescape(text)
+    assert "On other tasks" not in report(compare(results, "base"), tmp_path)
+
+
+def test_further_tasks_of_a_sweep_are_shown_by_its_pools(tmp_path: Path) -> None:
+    results = {"base": evaluation("base", BASE)}
+    settings: dict[str, dict[str, Any]] = {}
+    there = {"base": {"products": evaluation("base", [6] * 40)}}
+    for place, divergence in enumerate(("reverse_kl", "js")):
+        for beta in (0.1, 0.3):
+            for seed in (0, 1):
+                label = f"{divergence}-{beta}-{seed}"
+                results[label] = evaluation(label, KEPT)
+                settings[label] = {"divergence": divergence, "beta": beta, "seed": seed}
+                there[label] = {"products": evaluation(label, [5 - 2 * place - seed] * 40)}
+    text = html.unescape(report(compare(results, "base", settings=settings, further=there), tmp_path))
+    section = text[text.index("<h2>On other tasks</h2>") :].replace("\n", "")
+    # reverse KL: 5 and 4 of 8, below them the seeds
+    row = next(row for row in section.split("<tr>") if ">reverse_kl, beta 0.1</span>" in row)
+    assert re.search(r'56.2<span class="interval">\[56.2, 56.2\]</span><span class="seeds">62.5 50.0</span>', row)
+    # (5 + 4) / 16 against (3 + 2) / 16, at both β
+    assert text.count("reverse_kl (56.2) > js (31.2)") == 2
+    assert "pass@1, % on products" in text
 
 
 def test_a_page_without_pass_at_k_shows_what_there_is(tmp_path: Path) -> None:

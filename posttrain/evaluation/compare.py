@@ -133,6 +133,7 @@ class Comparison:
         pools: in a sweep, runs that differ only in their seed, by name; the base first. Empty otherwise.
         differences: each run − base, then, outside a sweep, main − every other run; at k = 1 and the largest k.
         groups: few against many solutions; empty where the task does not count solutions.
+        further: the same runs on further tasks, by name; empty in the comparisons that it holds.
         results: the evaluations behind it; not part of the JSON.
         values: per run, what `difference` pairs: pass@1, pass@(largest k), distinct_correct and the further measures;
             not part of the JSON.
@@ -154,6 +155,7 @@ class Comparison:
     pools: dict[str, Pool]
     differences: list[Difference]
     groups: list[Group]
+    further: dict[str, Comparison]
     results: Mapping[str, EvaluationResult]
     values: Mapping[str, Mapping[str, Metric]]
 
@@ -182,6 +184,7 @@ def compare(
     *,
     measures: Mapping[str, Mapping[str, Measured]] | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    further: Mapping[str, Mapping[str, EvaluationResult]] | None = None,
 ) -> Comparison:
     """Compare evaluations of several policies on the same problems.
 
@@ -190,13 +193,14 @@ def compare(
         base: label of the initial policy; its k, confidence, resamples and seed serve all.
         measures: further measures by label of the run and name (`measures.load`).
         settings: in a sweep, what it set for each of its runs, by label: `{"divergence": "js", "seed": 1}`.
+        further: evaluations on further tasks by label of the run and name of the task; of every run the same tasks.
 
     Raises:
         UserError: a label is unknown, the evaluations differ in anything but the model, measures are of other
-            problems, or no problem has enough verdicts.
+            problems, no problem has enough verdicts, or a run lacks a further task.
     """
     measures, settings = measures or {}, settings or {}
-    for label in (base, *measures, *settings):
+    for label in (base, *measures, *settings, *(further or {})):
         if label not in results:
             raise UserError(f"There is no evaluation '{label}' to compare{did_you_mean(label, results)}")
     results = {base: results[base]} | dict(results)
@@ -259,9 +263,28 @@ def compare(
             for k in pooling.extremes(ks)
         ],
         groups=_groups(start, shown, enough, base, ks, bootstrap),
+        further={
+            name: compare(found, base, settings=settings) for name, found in _by_task(results, further or {}).items()
+        },
         results=results,
         values={label: policy.metrics for label, policy in policies.items()},
     )
+
+
+def _by_task(
+    labels: Mapping[str, EvaluationResult], further: Mapping[str, Mapping[str, EvaluationResult]]
+) -> dict[str, dict[str, EvaluationResult]]:
+    """Evaluations on further tasks by task and label, in the order of the labels.
+
+    Raises:
+        UserError: a run lacks a task that another has.
+    """
+    names = dict.fromkeys(name for found in further.values() for name in found)
+    for label in labels:
+        missing = next((name for name in names if name not in further.get(label, {})), None)
+        if missing is not None:
+            raise UserError(f"'{label}' was not evaluated on the further task '{missing}', as others were: do it now.")
+    return {name: {label: further[label][name] for label in labels} for name in names}
 
 
 def _refuse_others(

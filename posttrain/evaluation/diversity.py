@@ -169,7 +169,7 @@ def measure(
             top_p=settings.top_p,
             seed=measures.seed(identity, KIND, index),
         )
-        groups = engine.sample([row["prompt"] for row in asked[start : start + size]], params)
+        groups = engine.sample([tasks.shown(row) for row in asked[start : start + size]], params)
         records = [
             {"problem": problem, "measure": f"{name}@T{temperature}", "top": float(top), "bottom": float(bottom)}
             for problem, group in enumerate(groups, start)

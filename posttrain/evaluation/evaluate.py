@@ -6,6 +6,7 @@ same samples. `finish` joins the parts. An evaluation is a folder:
 
     evaluation.json    metrics with intervals, what was evaluated (`identity`), counts of statuses, versions
     samples.parquet    one row per sample
+    images.parquet     small pictures of what a problem shows; only where the rows hold images
     parts/             only while it runs
 
 The model is part of the seed because retention and gain need answers of two policies that were drawn independently.
@@ -23,7 +24,8 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
     from posttrain.rollouts.engine import Engine, Prompt, Sample
 
 Ints = npt.NDArray[np.int64]
+
+_THUMBNAIL = 240
+"""Largest width and height of the pictures that are kept for people, in pixels."""
 
 SCHEMA = pa.schema(
     [
@@ -89,6 +94,7 @@ class EvaluationResult:
         tokens_wrong: tokens of its wrong samples.
         samples: samples of each problem, with and without a verdict.
         truncated: samples of each problem that were cut off.
+        images: what each problem shows, as small PNG files; [] where no problem shows anything.
     """
 
     label: str
@@ -109,6 +115,7 @@ class EvaluationResult:
     tokens_wrong: Ints
     samples: Ints
     truncated: Ints
+    images: list[list[bytes]] = field(default_factory=list)
 
     @property
     def n(self) -> Ints:
@@ -153,7 +160,7 @@ def evaluate(
             evaluation of something else in `output_dir`.
     """
     rank, world = worker
-    _check(task_name, rows, verifier)
+    check(task_name, rows, verifier)
     if rank == 0 and verifier is not None and settings.n < 2 * max(settings.k):
         warnings.warn(
             f"pass@{max(settings.k)} from n = {settings.n} answers is noisy: n ≥ {2 * max(settings.k)} is advised.",
@@ -188,6 +195,8 @@ def evaluate(
         return load(output_dir)
 
     parts = atomic.Parts(output_dir / "parts", identity)
+    if rank == 0 and any(row.get("images") for row in rows):
+        _write_images(output_dir, rows)
     mine = _chunks(identity)[rank::world]
     name = f"evaluate {label}" if world == 1 else f"evaluate {label} (worker 1 of {world})"
     total = settings.n * sum(len(places) for _, places in mine)
@@ -261,7 +270,12 @@ def _seed(identity: Mapping[str, Any], index: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
-def _check(task_name: str, rows: Sequence[tasks.Row], verifier: Verifier | None) -> None:
+def check(task_name: str, rows: Sequence[tasks.Row], verifier: Verifier | None) -> None:
+    """Refuse rows that cannot be judged.
+
+    Raises:
+        UserError: there are none, the verifier does not say "correct", or a column is missing that it needs.
+    """
     if not rows:
         raise UserError(f"The task '{task_name}' gave no rows to evaluate: raise its evaluation share or its size.")
     if verifier is None:
@@ -293,7 +307,7 @@ def _sample_chunk(
     params = SamplingParams(
         max_tokens=max_tokens, n=settings.n, temperature=settings.temperature, top_p=settings.top_p, seed=seed
     )
-    groups = engine.sample([row["prompt"] for _, row in chunk], params)
+    groups = engine.sample([tasks.shown(row) for _, row in chunk], params)
     # late in training most answers repeat: each distinct one of a problem is judged once
     distinct = {
         (problem, sample.text): row for (problem, row), group in zip(chunk, groups, strict=True) for sample in group
@@ -335,6 +349,28 @@ def _record(row: tasks.Row, problem: int, number: int, sample: Sample, verdict: 
 
 def _last_words(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1].get("content") or "")
+
+
+def _write_images(output_dir: Path, rows: Sequence[tasks.Row]) -> None:
+    """Keep what the problems show, for people: one row per problem, in their order."""
+    pictures = [[_small_png(image) for image in row.get("images") or []] for row in rows]
+    atomic.write_table(output_dir / "images.parquet", pa.table({"images": pa.array(pictures, pa.list_(pa.binary()))}))
+
+
+def _small_png(image: Any) -> bytes:
+    """A PIL image as a PNG file at most `_THUMBNAIL` pixels wide and high."""
+    small = image.convert("RGB")
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    written = BytesIO()
+    small.save(written, format="PNG", optimize=True)
+    return written.getvalue()
+
+
+def _read_images(output_dir: Path) -> list[list[bytes]]:
+    if not (output_dir / "images.parquet").exists():
+        return []
+    images: list[list[bytes]] = pq.read_table(output_dir / "images.parquet")["images"].to_pylist()
+    return images
 
 
 def _read_document(path: Path) -> dict[str, Any]:
@@ -407,6 +443,7 @@ def _result(output_dir: Path, document: Mapping[str, Any]) -> EvaluationResult:
         tokens_wrong=per_problem(tokens * judged_wrong),
         samples=per_problem(np.ones_like(tokens)),
         truncated=per_problem(truncated),
+        images=_read_images(output_dir),
     )
 
 

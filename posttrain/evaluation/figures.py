@@ -39,7 +39,7 @@ CURVES = {
     "loss": "loss",
     "grad_norm": "gradient norm",
 }
-"""Logged metrics that are drawn where a run has them, in this order."""
+"""Logged metrics that are drawn where a run has them, in this order; those that a trainer names follow."""
 
 CROWD = 8
 """Runs up to which curves have bands, and bars are drawn."""
@@ -61,6 +61,8 @@ _DASHES: tuple[Any, ...] = (
 )
 """Of matplotlib; the template's `.key-0` to `.key-5` look like them."""
 
+_DASHED: Any = (0, (4, 3))
+"""Lines that are no run's."""
 _LOGARITHMIC = 30
 """Divergences that span more than this factor are drawn on a logarithmic axis."""
 
@@ -148,11 +150,15 @@ def bars(comparison: Comparison, styles: Mapping[str, Style]) -> Markup:
 
 
 def training(
-    comparison: Comparison, styles: Mapping[str, Style], histories: Mapping[str, Sequence[Mapping[str, Any]]]
+    comparison: Comparison,
+    styles: Mapping[str, Style],
+    histories: Mapping[str, Sequence[Mapping[str, Any]]],
+    curves: Mapping[str, str],
 ) -> list[Markup]:
-    """One small plot per logged metric that some run has at two steps or more; a pool is the mean over its seeds."""
+    """One small plot per logged metric that some run has at two steps or more; a pool is the mean of its seeds, and
+    their range. `curves` are titles of metrics beside `CURVES`."""
     panels: list[Markup] = []
-    for key, title in CURVES.items():
+    for key, title in {**CURVES, **curves}.items():
         logged = {
             name: _together([_logged(histories.get(run, ()), key) for run in comparison.members(name)])
             for name in styles
@@ -162,21 +168,29 @@ def training(
             continue
         with _figure(3.6, 2.4) as (figure, axes):
             for name, (steps, values) in lines.items():
-                colour, dash = styles[name].colour, _DASHES[styles[name].dash]
-                if len(styles) <= CROWD:
-                    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
-                axes.plot(steps, _smooth(values), color=colour, linestyle=dash, linewidth=1.8)
+                _logged_line(axes, steps, values, styles[name], banded=len(styles) <= CROWD)
             axes.set_title(title, loc="left", color=_INK)
             axes.locator_params(nbins=5)
             panels.append(_inline(figure, f"{title} by step, one line per run", f"log-{len(panels)}"))
     return panels
 
 
+def _logged_line(axes: Axes, steps: Floats, values: Floats, style: Style, *, banded: bool) -> None:
+    """One curve of [seeds, steps]: the smoothed mean, over the range of the seeds, or over what a single one logged."""
+    smooth = np.array([_smooth(seed) for seed in values])
+    if banded and len(values) > 1:
+        low, high = smooth.min(axis=0), smooth.max(axis=0)
+        axes.fill_between(steps, low, high, color=style.colour, alpha=0.18, linewidth=0)
+    elif banded:
+        axes.plot(steps, values[0], color=style.colour, linewidth=0.8, alpha=0.35)
+    axes.plot(steps, smooth.mean(axis=0), color=style.colour, linestyle=_DASHES[style.dash], linewidth=1.8)
+
+
 def _together(logged: Sequence[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
-    """The mean over the runs that logged anything, at the steps that all of these logged."""
+    """[steps] and [seeds, steps]: the runs that logged anything, at the steps that all of these logged."""
     by_step = [dict(zip(steps.tolist(), values.tolist(), strict=True)) for steps, values in logged if len(steps)]
     common = sorted(set[float]().union(*by_step).intersection(*by_step))
-    return np.array(common), np.array([np.mean([one[step] for one in by_step]) for step in common])
+    return np.array(common), np.array([[one[step] for step in common] for one in by_step])
 
 
 def _logged(history: Sequence[Mapping[str, Any]], key: str) -> tuple[Floats, Floats]:
@@ -207,35 +221,13 @@ def frontier(
 ) -> Markup:
     """A metric y (a share) by a divergence x, in curves that follow the setting `along`, against the base's y."""
     points = {name: at for name, row in comparison.rows.items() if (at := point(row, x, y)) is not None}
+    seeds = {name: at for name, row in comparison.runs.items() if (at := point(row, x, y)) is not None}
     base = points.pop(comparison.base, None)
-    labels: list[_Label] = []
-    paths: list[Floats] = []
-    crowd = len(points) > CROWD
-    with _figure(*(8.0, 4.4) if crowd else (4.6, 3.9)) as (figure, axes):
+    with _figure(*_size(points)) as (figure, axes):
         if base is not None:
             level, grey = 100 * base[1].value, styles[comparison.base].colour
-            axes.axhline(level, color=grey, linewidth=1.2, linestyle=(0, (4, 3)))
-        drawn: Counter[int] = Counter()
-        for line in _lines(comparison, list(points), along):
-            across = np.array([points[name][0] for name in line])
-            value, low, high = 100 * np.array([points[name][1] for name in line]).T
-            slots = {styles[name].slot for name in line}
-            colour = styles[line[0]].colour if len(slots) == 1 else _MUTED
-            dash = _DASHES[drawn[min(slots)] % len(_DASHES)]
-            drawn.update(slots)
-            if not crowd:
-                axes.vlines(across, low, high, color=colour, linewidth=1, alpha=0.35)
-            axes.plot(across, value, color=colour, linewidth=1.6, linestyle=dash)
-            paths.append(np.column_stack([across, value]))
-            last = line[int(np.argmax(across))]
-            for name, left, up in zip(line, across, value, strict=True):
-                own = styles[name].colour
-                axes.plot(left, up, "o", color=own, markersize=5)
-                found = [point(comparison.runs[run], x, y) for run in comparison.members(name)]
-                seeds = np.array([(seed[0], 100 * seed[1].value) for seed in found if seed is not None])
-                if len(seeds) > 1:
-                    axes.plot(*seeds.T, "o", color=own, markersize=2.4, alpha=0.45)
-                labels.append(_Label(_point_name(comparison, name, along, in_full=name == last), (left, up), own))
+            axes.axhline(level, color=grey, linewidth=1.2, linestyle=_DASHED)
+        labels, paths = _points(axes, comparison, styles, points, seeds, along)
         positive = [left for left, _ in points.values() if left > 0]
         if len(positive) == len(points) and max(positive) > _LOGARITHMIC * min(positive):
             axes.set_xscale("log")
@@ -250,6 +242,93 @@ def frontier(
             paths.append(np.array([[left, level], [right, level]]))
         _place(figure, axes, labels, paths)
         return _inline(figure, f"{name_of(y)} by {name_of(x)}", prefix)
+
+
+def elsewhere(
+    comparison: Comparison,
+    name: str,
+    styles: Mapping[str, Style],
+    metrics: tuple[str, str],
+    along: str | None,
+    prefix: str,
+) -> Markup:
+    """A share on a further task by one on the main task, in curves that follow the setting `along`; the base is where
+    the dashed lines cross.
+
+    Args:
+        name: of the further task.
+        metrics: of the main and of the further task.
+    """
+    further = comparison.further[name]
+
+    def at(here: Mapping[str, Numbers], there: Mapping[str, Numbers]) -> dict[str, tuple[float, Estimate]]:
+        found = {name: (value_of(here[name], metrics[0]), value_of(there[name], metrics[1])) for name in here}
+        return {
+            name: (100 * across.value, up)
+            for name, (across, up) in found.items()
+            if across is not None and up is not None
+        }
+
+    points, seeds = at(comparison.rows, further.rows), at(comparison.runs, further.runs)
+    base = points.pop(comparison.base)
+    with _figure(*_size(points)) as (figure, axes):
+        grey, spot = styles[comparison.base].colour, (base[0], 100 * base[1].value)
+        axes.axhline(spot[1], color=grey, linewidth=1.2, linestyle=_DASHED)
+        axes.axvline(spot[0], color=grey, linewidth=1.2, linestyle=_DASHED)
+        labels, paths = _points(axes, comparison, styles, points, seeds, along)
+        axes.plot(*spot, "o", color=grey, markersize=5)
+        axes.margins(x=0.16, y=0.12)
+        axes.set_title(f"{metrics[1]} on {name}, %", loc="left", color=_INK)
+        axes.set_xlabel(f"{metrics[0]} on {comparison.task}, %")
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        paths += [np.array([[left, spot[1]], [right, spot[1]]]), np.array([[spot[0], low], [spot[0], high]])]
+        _place(figure, axes, [*labels, _Label(comparison.base, spot, grey)], paths)
+        return _inline(figure, f"{metrics[1]} on {name} by {metrics[0]} on {comparison.task}", prefix)
+
+
+def _size(points: Mapping[str, Any]) -> tuple[float, float]:
+    """Inches of a drawing with that many points."""
+    return (8.0, 4.4) if len(points) > CROWD else (4.6, 3.9)
+
+
+def _points(
+    axes: Axes,
+    comparison: Comparison,
+    styles: Mapping[str, Style],
+    points: Mapping[str, tuple[float, Estimate]],
+    seeds: Mapping[str, tuple[float, Estimate]],
+    along: str | None,
+) -> tuple[list[_Label], list[Floats]]:
+    """Draw points, the curves through them and the seeds of pools around them; their labels, and the paths.
+
+    Args:
+        points: left and height (a share) by run or pool.
+        seeds: the same by run.
+    """
+    labels: list[_Label] = []
+    paths: list[Floats] = []
+    drawn: Counter[int] = Counter()
+    for line in _lines(comparison, list(points), along):
+        across = np.array([points[name][0] for name in line])
+        value, low, high = 100 * np.array([points[name][1] for name in line]).T
+        slots = {styles[name].slot for name in line}
+        colour = styles[line[0]].colour if len(slots) == 1 else _MUTED
+        dash = _DASHES[drawn[min(slots)] % len(_DASHES)]
+        drawn.update(slots)
+        if len(points) <= CROWD:
+            axes.vlines(across, low, high, color=colour, linewidth=1, alpha=0.35)
+        axes.plot(across, value, color=colour, linewidth=1.6, linestyle=dash)
+        paths.append(np.column_stack([across, value]))
+        last = line[int(np.argmax(across))]
+        for name, left, up in zip(line, across, value, strict=True):
+            own = styles[name].colour
+            axes.plot(left, up, "o", color=own, markersize=5)
+            runs = [seeds[run] for run in comparison.members(name) if run in seeds]
+            around = np.array([(at, 100 * estimate.value) for at, estimate in runs])
+            if len(around) > 1:
+                axes.plot(*around.T, "o", color=own, markersize=2.4, alpha=0.45)
+            labels.append(_Label(_point_name(comparison, name, along, in_full=name == last), (left, up), own))
+    return labels, paths
 
 
 def _lines(comparison: Comparison, names: Sequence[str], along: str | None) -> list[list[str]]:
@@ -363,7 +442,7 @@ def reliability(comparison: Comparison, styles: Mapping[str, Style], metrics: Se
             continue
         with _figure(4.2, 3.2) as (figure, axes):
             top = max(line[:, 0].max() for line in lines.values())
-            axes.plot([50, 100 * top], [50, 100 * top], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            axes.plot([50, 100 * top], [50, 100 * top], color=_MUTED, linewidth=1, linestyle=_DASHED)
             for name, line in lines.items():
                 confidence, accuracy, share = line.T
                 colour, dash = styles[name].colour, _DASHES[styles[name].dash]

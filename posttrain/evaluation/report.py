@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,13 +28,15 @@ from posttrain.evaluation.compare import (
 )
 from posttrain.evaluation.figures import Style
 from posttrain.evaluation.metrics import Estimate, Floats, pass_at_k
-from posttrain.evaluation.summary import caption, verdict
+from posttrain.evaluation.summary import caption, caption_of_further, verdict
 from posttrain.evaluation.sweep import leading, orderings, swept, varied
 from posttrain.evaluation.template import COLOURS, TEMPLATE
 from posttrain.evaluation.wording import in_words, name_of, numbers, signed, stem, temperature, with_interval, with_unit
 
 _EXAMPLES = 5
 """Problems whose answers are shown."""
+_PICTURE = 128
+"""Width up to which pictures are enlarged, in pixels."""
 _COLUMNS = 4
 """Runs up to which a table has a column for each; more are lines."""
 
@@ -56,6 +59,7 @@ def write_report(
     provenance: Mapping[str, Any],
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     command: str,
+    curves: Mapping[str, str] | None = None,
 ) -> None:
     """Write the report, whole or not at all.
 
@@ -67,6 +71,7 @@ def write_report(
         provenance: versions, commit, seeds: anything that JSON can hold, by name.
         histories: `log_history` of each run's trainer, by label; runs without one are left out of the plots.
         command: what reproduces the run.
+        curves: titles of logged metrics that are drawn beside `figures.CURVES`, by name.
     """
     import jinja2
 
@@ -110,7 +115,8 @@ def write_report(
         diversity=_diversity(comparison, styles),
         calibration=_calibration(comparison, styles),
         logged=[name for name in names if any(histories.get(run) for run in comparison.members(name))],
-        panels=figures.training(comparison, styles, histories),
+        further=[_further(comparison, name, styles) for name in comparison.further],
+        panels=figures.training(comparison, styles, histories, curves or {}),
         smoothing=f"{100 * figures.SMOOTHING:g} %",
         few=f"{100 * figures.FEW:g} %",
         lost_summary=lost_summary,
@@ -220,11 +226,45 @@ def _against_base(comparison: Comparison) -> list[Column]:
     return columns
 
 
+def _further(comparison: Comparison, name: str, styles: Mapping[str, Style]) -> dict[str, Any]:
+    """Numbers on a further task with their differences to the base, and how they lie beside those of the main task."""
+    other = comparison.further[name]
+    largest = other.k[-1]
+    columns = []
+    for k in other.k:
+        metric = f"pass@{k}"
+        columns.append(_column(other, other.rows, metric, f"{metric}, %"))
+        if metric in ends(other) and len(other.rows) > 1:
+            changes = [
+                Shown("–") if row == other.base else _change(difference(other, metric, row, other.base), "%")
+                for row in other.rows
+            ]
+            columns.append((f"{metric} minus {other.base}, points", changes))
+    columns.append((f"retention@{largest}, %", [_shown(row.retention[largest], "%") for row in other.rows.values()]))
+    columns.append((f"gain@{largest}, %", [_shown(row.gain[largest], "%") for row in other.rows.values()]))
+    here, there = ends(comparison), ends(other)
+    drawn = comparison.k and len(other.rows) > 2
+    pairs = dict.fromkeys([(here[0], there[0]), (here[-1], there[-1])]) if drawn else {}
+    return {
+        "name": name,
+        "caption": caption_of_further(other),
+        "columns": columns,
+        "panels": [
+            figures.elsewhere(comparison, name, styles, pair, _along(comparison), f"further-{name}-{place}")
+            for place, pair in enumerate(pairs)
+        ],
+        "crowd": len(other.rows) - 1 > figures.CROWD,
+    }
+
+
 def _orderings(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Per metric, where the other settings stand and the order in words."""
+    """Per metric, where the other settings stand and the order in words; pass@k on further tasks last."""
     rows: dict[str, list[tuple[str, str]]] = {}
     for one in orderings(comparison):
         rows.setdefault(_with_unit(comparison, one.metric), []).append((in_words(one.at), one.words))
+    for name, other in comparison.further.items():
+        for one in (one for one in orderings(other) if one.metric in ends(other)):
+            rows.setdefault(f"{_with_unit(other, one.metric)} on {name}", []).append((in_words(one.at), one.words))
     return list(rows.items())
 
 
@@ -371,7 +411,21 @@ def _example(comparison: Comparison, labels: Sequence[str], problem: int) -> dic
         )
         top = [(text, count, right) for (text, right), count in counts.most_common(3)]
         runs.append({"correct": sum(flags), "total": len(flags), "top": top})
-    return {"prompt": _shortened(comparison.results[comparison.base].prompts[problem], 300), "runs": runs}
+    asked = comparison.results[comparison.base]
+    images = asked.images[problem] if asked.images else []
+    return {
+        "prompt": _shortened(asked.prompts[problem], 300),
+        "images": [_drawn(image) for image in images],
+        "runs": runs,
+    }
+
+
+def _drawn(png: bytes) -> dict[str, Any]:
+    """A picture as part of the page; tiny ones are enlarged by a whole factor, so that their pixels stay squares."""
+    width = int.from_bytes(png[16:20])  # of the header, which comes first in every PNG file
+    factor = max(1, _PICTURE // width)
+    source = f"data:image/png;base64,{b64encode(png).decode('ascii')}"
+    return {"source": source, "width": width * factor, "enlarged": factor > 1}
 
 
 def _shortened(text: str, most: int = 80) -> str:

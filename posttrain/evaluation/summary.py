@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,12 +28,21 @@ if TYPE_CHECKING:
 
 def to_json(comparison: Comparison) -> str:
     """Everything but the evaluations, with the verdict in words and the orderings of a sweep."""
-    content = {"verdict": verdict(comparison), "orderings": orderings(comparison)} | {
-        field.name: getattr(comparison, field.name)
+    return json.dumps(_content(comparison), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _content(comparison: Comparison) -> dict[str, Any]:
+    shown = {
+        field.name: _plain(getattr(comparison, field.name))
         for field in fields(comparison)
-        if field.name not in ("results", "values")
+        if field.name not in ("results", "values", "further")
     }
-    return json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return {
+        "verdict": verdict(comparison),
+        "orderings": _plain(orderings(comparison)),
+        **shown,
+        "further": {name: _content(other) for name, other in comparison.further.items()},
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -56,17 +65,73 @@ _SENTENCES = 6
 def verdict(comparison: Comparison) -> list[str]:
     """The paired differences in sentences; a change is significant when its interval excludes 0.
 
-    A sweep, and a comparison of many runs, is told by its base and by the best at each of the two ends of pass@k.
+    A sweep, and a comparison of many runs, is told by its base and by the best at each of the two ends of pass@k. A
+    sentence for each further task follows.
     """
-    if not comparison.k or comparison.pools or len(comparison.runs) > 1 + _SENTENCES:
-        return _of_many(comparison)
+    many = comparison.pools or len(comparison.runs) > 1 + _SENTENCES
+    elsewhere = [
+        _elsewhere_of_many(name, other) if many else _elsewhere(name, other)
+        for name, other in comparison.further.items()
+        if len(other.rows) > 1
+    ]
+    if many or not comparison.k:
+        return _of_many(comparison) + elsewhere
     by_pair: dict[tuple[str, str], list[Difference]] = {}
     for change in comparison.differences:
         by_pair.setdefault((change.run, change.against), []).append(change)
     return [
         f"Against {against}, {run} {' and '.join(_told(one, against == comparison.base) for one in changes)}."
         for (run, against), changes in by_pair.items()
-    ]
+    ] + elsewhere
+
+
+def _elsewhere(name: str, further: Comparison) -> str:
+    """What every run gained and lost on a further task."""
+    told, unchanged = [], []
+    for run, changes in _against_base(further).items():
+        words = [
+            f"{'raised' if change.value > 0 else 'lowered'} {metric} ({points(change)})"
+            for metric, change in changes.items()
+            if change.excludes_zero
+        ]
+        if words:
+            told.append(f"{run} {' and '.join(words)}")
+        else:
+            unchanged.append(run)
+    if unchanged:
+        told.append(f"{', '.join(unchanged)} {'shows' if len(unchanged) == 1 else 'show'} no significant change")
+    return f"On {name}, against {further.base}: {'; '.join(told)}."
+
+
+def _elsewhere_of_many(name: str, further: Comparison) -> str:
+    """How many gained and lost on a further task, and who lost most."""
+    changes = _against_base(further)
+    told = []
+    for metric in ends(further):
+        found = {run: of_run[metric] for run, of_run in changes.items() if of_run[metric].excludes_zero}
+        lost = {run: change for run, change in found.items() if change.value < 0}
+        if lost:
+            worst = min(lost, key=lambda run: lost[run].value)
+            told.append(
+                f"{len(lost)} of the {len(changes)} trained {'is' if len(lost) == 1 else 'are'} significantly below "
+                f"{further.base} in {metric}, furthest {worst} ({points(lost[worst])})"
+            )
+        if len(found) > len(lost):
+            told.append(f"{len(found) - len(lost)} significantly above in {metric}")
+    return f"On {name}, {'; '.join(told) or f'none of the {len(changes)} trained differs significantly'}."
+
+
+def _against_base(comparison: Comparison) -> dict[str, dict[str, Estimate]]:
+    """Paired differences of every run or pool to the base at both ends of pass@k."""
+    return {
+        name: {
+            metric: change
+            for metric in ends(comparison)
+            if (change := difference(comparison, metric, name, comparison.base)) is not None
+        }
+        for name in comparison.rows
+        if name != comparison.base
+    }
 
 
 def _told(change: Difference, from_base: bool) -> str:
@@ -128,12 +193,20 @@ def caption(comparison: Comparison, *, brackets: bool = True) -> str:
             f"Distinct correct answers among {comparison.draws:,}. Retention of {comparison.base}: a second draw of "
             "its own answers."
         )
-    sentences += [
+    return " ".join([*sentences, *_left_out(comparison)])
+
+
+def _left_out(comparison: Comparison) -> list[str]:
+    return [
         f"Problems left out of pass@{k} for want of verdicts: {count}."
         for k, count in comparison.dropped.items()
         if count
     ]
-    return " ".join(sentences)
+
+
+def caption_of_further(further: Comparison) -> str:
+    """What the numbers on a further task are, beyond what the caption of the main table says."""
+    return " ".join([f"{further.problems:,} problems, {further.n:,} answers each.", *_left_out(further)])
 
 
 class _Column(NamedTuple):
@@ -155,9 +228,7 @@ def _columns(comparison: Comparison) -> list[_Column]:
             _Column("distinct correct", "distinct\ncorrect", "answers", partial(value_of, metric="distinct_correct"))
         )
         if everything:
-            largest = comparison.k[-1]
-            name, head = f"retention@{largest}, %", f"retained\n@{largest}, %"
-            found.append(_Column(name, head, "%", lambda row: row.retention.get(largest)))
+            found.append(_retention(comparison.k[-1]))
     for metric in headlines(comparison):
         name, unit = _short(metric), unit_of(comparison, metric)
         short = unit.partition(" per ")[0]
@@ -168,6 +239,15 @@ def _columns(comparison: Comparison) -> list[_Column]:
         found.append(_Column("answer, tokens", "answer\ntokens", "tokens", lambda row: row.tokens))
         found.append(_Column("truncated, %", "cut\n%", "%", lambda row: row.truncated))
     return found
+
+
+def _columns_of_further(comparison: Comparison) -> list[_Column]:
+    shares = [_Column(f"{name}, %", f"{name}\n%", "%", partial(value_of, metric=name)) for name in ends(comparison)]
+    return [*shares, _retention(comparison.k[-1])]
+
+
+def _retention(k: int) -> _Column:
+    return _Column(f"retention@{k}, %", f"retained\n@{k}, %", "%", lambda row: row.retention.get(k))
 
 
 def _short(metric: str) -> str:
@@ -191,15 +271,26 @@ def table(comparison: Comparison) -> Table:
     Up to three runs are columns with intervals, in 80 characters. More runs, and the pools of a sweep, are lines of
     values alone, in about 100; below pass@k of a pool stands the range of its seeds.
     """
-    from rich.table import Table
-
-    shown = Table(
+    return _table(
+        comparison,
+        _columns(comparison),
         title=f"{comparison.task}: what each policy {'solves' if comparison.k else 'does'}",
         caption=" ".join([caption(comparison, brackets=_narrow(comparison)), *_explained(comparison)]),
-        caption_justify="left",
-        title_justify="left",
     )
-    columns = _columns(comparison)
+
+
+def further_tables(comparison: Comparison) -> list[Table]:
+    """The numbers on further tasks on a terminal, in the form of `table`."""
+    return [
+        _table(other, _columns_of_further(other), title=f"On {name}", caption=caption_of_further(other))
+        for name, other in comparison.further.items()
+    ]
+
+
+def _table(comparison: Comparison, columns: Sequence[_Column], *, title: str, caption: str) -> Table:
+    from rich.table import Table
+
+    shown = Table(title=title, caption=caption, caption_justify="left", title_justify="left")
     if _narrow(comparison):
         shown.add_column("", no_wrap=not comparison.measures)
         for label in comparison.runs:

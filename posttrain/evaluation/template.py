@@ -37,6 +37,7 @@ body {
 }
 h1 { margin: 0 0 .25rem; font-size: 1.7rem; line-height: 1.25; letter-spacing: -.01em; }
 h2 { margin: 2.75rem 0 .5rem; font-size: 1.15rem; }
+h3 { margin: 1.5rem 0 .4rem; font-size: 1rem; }
 p { margin: .5rem 0; max-width: 48rem; }
 .muted, figcaption, .note { color: var(--muted); }
 figcaption, .note { font-size: .875rem; max-width: 48rem; }
@@ -95,6 +96,9 @@ pre {
 }
 td code { overflow-wrap: anywhere; }
 .answers { margin: .15rem 0 0; padding: 0; list-style: none; }
+.pictures { display: flex; flex-wrap: wrap; gap: .4rem; margin: .1rem 0 .35rem; }
+.pictures img { max-width: 100%; height: auto; border: 1px solid var(--line); }
+.enlarged { image-rendering: pixelated; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 40rem) {
@@ -210,6 +214,24 @@ number of rows.{% if every_run %} A pool of seeds enters with the mean over them
 seeds, lies above 0; ≈: it does not. Not adjusted for the number of comparisons.</p>
 {% endif %}
 
+{% if further %}
+<h2>On other tasks</h2>
+{% for task in further %}
+<h3>{{ task.name }}</h3>
+{{ lines(names, task.columns) }}
+<p class="note">{{ task.caption }}</p>
+{% if task.panels %}
+<div class="{{ "wide" if task.crowd else "panels pair" }}">
+{% for panel in task.panels %}<figure>{{ panel }}</figure>{% endfor %}
+</div>
+{% endif %}
+{% endfor %}
+<p class="note">Tasks that these runs do not train on. Bold: the {{ level }} interval of the paired difference excludes
+0; not adjusted for the number of rows.
+{%- if further[0].panels %} Drawings: what was learned (to the right) against what was forgotten (down); the dashed
+lines cross at {{ base }}.{% endif %}</p>
+{% endif %}
+
 {% if frontier %}
 <h2>Divergence against accuracy</h2>
 {% if frontier.drawings %}
@@ -279,8 +301,9 @@ intervals.</figcaption></figure>
 <h2>Training</h2>
 {{ legend(logged) }}
 <div class="panels">{% for panel in panels %}<figure>{{ panel }}</figure>{% endfor %}</div>
-<p class="note">By optimiser step{% if every_run %}, means over seeds{% endif %}. {% if banded %}Faint: logged values;
-strong: their {% else %}The {% endif %}centred mean over {{ smoothing }} of the run.</p>
+<p class="note">By optimiser step{% if every_run %}, means over seeds{% endif %}. {% if banded %}Faint: logged values
+{%- if every_run %}, or the range of the seeds{% endif %}; strong: their {% else %}The {% endif %}centred mean over
+{{ smoothing }} of the run.</p>
 {% endif %}
 
 {% if lost_summary %}
@@ -291,7 +314,10 @@ strong: their {% else %}The {% endif %}centred mean over {{ smoothing }} of the 
 <thead><tr><th>problem</th>{% for label in shown_runs %}<th>{{ swatch(label) }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for example in examples %}
-<tr><td><code>{{ example.prompt }}</code></td>
+<tr><td>{% if example.images %}<div class="pictures">{% for image in example.images %}
+<img src="{{ image.source }}" width="{{ image.width }}"{{ ' class="enlarged"'|safe if image.enlarged }}
+ alt="Image {{ loop.index }} of the problem: {{ example.prompt }}">
+{% endfor %}</div>{% endif %}<code>{{ example.prompt }}</code></td>
 {% for answers in example.runs %}
 <td>{{ answers.correct }} of {{ answers.total }} correct
 <ul class="answers">{% for text, count, right in answers.top %}

@@ -58,15 +58,17 @@ def with_unit(name: str, unit: str) -> str:
 
 
 def numbers(estimate: Estimate, unit: str) -> list[str]:
-    """Value and interval as they are printed: percent and tokens with one decimal, counted answers with two, all
-    others with three significant digits of the largest."""
+    """Value and interval as they are printed: percent and tokens with one decimal (all is 100 %, not 100.0), counted
+    answers with two, all others with three significant digits of the largest."""
     scale = 100 if unit == "%" else 1
     if unit in ("%", "tokens", "answers"):
         digits = 2 if unit == "answers" else 1
     else:
         largest = max(abs(end) for end in estimate)
         digits = min(5, max(0, 2 - math.floor(math.log10(largest)))) if largest > 0 else 0
-    return [f"{scale * end:,.{digits}f}".replace("-", "−") for end in estimate]
+    printed = [f"{scale * end:,.{digits}f}".replace("-", "−") for end in estimate]
+    # as long as 99.9, so that three runs with their intervals fit in 80 characters
+    return ["100" if unit == "%" and end == 1 else text for end, text in zip(estimate, printed, strict=True)]
 
 
 def with_interval(estimate: Estimate, unit: str) -> tuple[str, str]:

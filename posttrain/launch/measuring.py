@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from posttrain.errors import UserError
 from posttrain.evaluation import calibration, divergence, diversity, evaluate
+from posttrain.evaluation.further import folder_of
 from posttrain.launch.engines import Engines
 from posttrain.launch.workers import Workers
 
@@ -57,6 +58,7 @@ class Measuring:
                 **shared,
             )
             self._first(lambda: evaluate.finish(folder, asked, label=label))
+            self._elsewhere(engine, label, folder)
             if asked.diversity is not None:
                 diversity.measure(
                     engine,
@@ -95,6 +97,24 @@ class Measuring:
             )
             self._first(lambda: divergence.finish(folder))
 
+    def _elsewhere(self, engine: Any, label: str, folder: Path) -> None:
+        """Evaluate on every further task."""
+        for name, further in self.job.further.items():
+            there, told = folder_of(folder, name), f"{label} on {name}"
+            evaluate.evaluate(
+                engine,
+                further.task.name,
+                further.rows,
+                further.verifier,
+                further.settings,
+                max_tokens=further.max_tokens,
+                batch_size=self.job.recipe.rollout.answers_per_part,
+                output_dir=there,
+                label=told,
+                worker=(self.workers.rank, self.workers.world),
+            )
+            self._first(partial(evaluate.finish, there, further.settings, label=told))
+
     def _first(self, finish: Callable[[], Any]) -> None:
         """What the first process does once all have written their share, and all wait for."""
         self.workers.barrier()
@@ -105,7 +125,7 @@ class Measuring:
     def _sampled(self, folder: Path) -> bool:
         """Whether nothing is left that an engine would have to sample or score."""
         asked = self.job.recipe.evaluation
-        files = ["evaluation.json"]
+        files = ["evaluation.json", *(f"{folder_of(Path(), name)}/evaluation.json" for name in self.job.further)]
         files += ["measures/diversity.json"] if asked.diversity is not None else []
         files += [f"measures/{calibration.PAIRS}.json"] if asked.calibration is not None else []
         return all((folder / name).is_file() for name in files)
