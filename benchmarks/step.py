@@ -133,14 +133,14 @@ class Stopwatch:
         trainer.state.global_step += 1  # a new step rehearses new rows
         start = perf_counter()
         trainer.training_step(trainer.model_wrapped, self.rows, None)
-        _wait()
+        wait_for_device()
         step, forwards = perf_counter() - start, self.forwards
         inputs = trainer._buffered_inputs[0]
         trainer.model.zero_grad()
         trainer.state.global_step += 1
         start = perf_counter()
         trainer._compute_loss(trainer.model_wrapped, inputs).backward()
-        _wait()
+        wait_for_device()
         update = perf_counter() - start
         for values in trainer._metrics.values():
             values.clear()
@@ -152,7 +152,8 @@ class Stopwatch:
         return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
 
 
-def _wait() -> None:
+def wait_for_device() -> None:
+    """Until a GPU has done what it was given; at once on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

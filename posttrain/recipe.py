@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -36,10 +37,28 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
+class Demonstrated(Section):
+    """Another task whose solutions a warm start learns."""
+
+    name: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of all demonstrations; default what the others leave, shared equally with the run's own task."""
+
+
+class Vision(Section):
+    """The vision tower of a warm-started llava: CLIP's, as wide as the language model, with as many heads."""
+
+    layers: PositiveInt = 2
+    patch: PositiveInt = 8
+    """Width of the square patches that images are cut into, in pixels; each becomes one token."""
+
+
 class WarmStart(Section):
     """A small causal language model, made from nothing and trained by SFT on solutions the task generates."""
 
-    architecture: Literal["qwen2", "qwen3", "llama"] = "qwen2"
+    architecture: Literal["qwen2", "qwen3", "llama", "llava"] = "qwen2"
+    """llava, a qwen2 with a vision tower, for tasks whose prompts hold images; the others read text."""
     hidden_size: PositiveInt = 64
     """Width of the residual stream."""
     intermediate_size: PositiveInt = 172
@@ -54,6 +73,31 @@ class WarmStart(Section):
     learning_rate: PositiveFloat = 2e-3
     """Peak of a cosine schedule."""
     seed: NonNegativeInt = 0
+    vision: Vision | None = None
+    """Default: that of `Vision`."""
+    also: list[Demonstrated] = Field(default_factory=list)
+    """Tasks that are demonstrated beside the run's own, so that there is something to forget. All write in one chat
+    template; their characters join the tokenizer."""
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the demonstrations: the run's own task, then those of `also`."""
+        given = [None, *(task.share for task in self.also)]
+        left = (1 - sum(share for share in given if share is not None)) / given.count(None)
+        return [left if share is None else share for share in given]
+
+    @model_validator(mode="after")
+    def _own_share(self) -> WarmStart:
+        given = sum(task.share for task in self.also if task.share is not None)
+        if given >= 1:
+            raise ValueError(f"the shares of `also` add up to {given:g}: leave some for the run's own task")
+        return self
+
+    @model_validator(mode="after")
+    def _eyes(self) -> WarmStart:
+        if self.vision is not None and self.architecture != "llava":
+            raise ValueError(f"vision has no effect on the architecture {self.architecture}: remove it, or take llava")
+        return self
 
     @model_validator(mode="after")
     def _heads_divide(self) -> WarmStart:
@@ -108,11 +152,16 @@ class Reward(Section):
     options: dict[str, Any] = Field(default_factory=dict)
     weight: float = 1.0
     """Factor in the sum that GRPO normalises."""
+    max_failures: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of completions that a verifier may fail to judge, through no fault of theirs, before the run stops; default
+    that of `RewardFunction`."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Reward:
         if (self.name is None) == (self.function is None):
             raise ValueError("give either name (a verifier of the registry) or function (module:function)")
+        if self.function is not None and self.max_failures is not None:
+            raise ValueError("max_failures counts what a verifier says, and a function says nothing: remove it")
         if self.function is not None and self.options:
             raise ValueError("options belong to a reward of the registry; a function takes none")
         return self
@@ -123,7 +172,8 @@ class Method(Section):
 
     name: str
     prompts_per_step: PositiveInt | None = None
-    """Prompts (or preference pairs) per optimiser step; when given, `gradient_accumulation_steps` follows from it."""
+    """Prompts (or preference pairs, or answers of `sft`) per optimiser step; when given, `gradient_accumulation_steps`
+    follows from it."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Fields of the trainer's config class (`posttrain methods show NAME`)."""
     called: Label | None = None
@@ -135,34 +185,12 @@ class Method(Section):
         return self.called or self.name
 
 
-class Teacher(Section):
-    """What distillation learns from beside the verifier: a model that exists (`path`), or one that is made here."""
-
-    path: str | None = None
-    """Folder, or name on the Hugging Face hub."""
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of its weights; default the model's."""
-    warm_start: WarmStart | None = None
-    """Made from nothing on the run's task, as `model.warm_start`."""
-    method: Method | None = None
-    """Trains a teacher that was made here, on the run's prompts and rewards; default none."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Teacher:
-        if (self.path is None) == (self.warm_start is None):
-            raise ValueError("name exactly one source: path (a model that exists) or warm_start (one made here)")
-        if self.path is not None and self.method is not None:
-            raise ValueError("method trains a teacher that is made here: remove it, or give warm_start instead of path")
-        if self.warm_start is not None and self.revision is not None:
-            raise ValueError("revision has no effect on a warm-started teacher: remove it")
-        return self
-
-
 class Baseline(Section):
     """Another method beside the main one. It takes over every argument of `method.args` that its config class knows."""
 
     name: str
+    prompts_per_step: PositiveInt | None = None
+    """Where it differs from the main method's: `sft` counts answers, so prompts × num_generations is an equal batch."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments that differ from `method.args`."""
     called: Label | None = None
@@ -263,6 +291,133 @@ class Server(Section):
         return self
 
 
+class Hint(Section):
+    """Privileged context: what a teacher reads in its prompts and the student does not."""
+
+    text: str
+    """Columns of the task row stand in braces, as in "The answer is {solution}."."""
+    role: Literal["system", "user"] = "system"
+    """system: a system message at the front; user: directly in front of the last user message, or of plain text."""
+
+    @property
+    def columns(self) -> list[str]:
+        """Those that the text names."""
+        return [name for _, name, _, _ in Formatter().parse(self.text) if name is not None]
+
+    @model_validator(mode="after")
+    def _names_columns(self) -> Hint:
+        try:
+            parts = list(Formatter().parse(self.text))
+        except ValueError as error:
+            raise ValueError(f"the text is no template ({error}): write a brace that is meant as one twice") from error
+        for _, name, form, _ in parts:
+            if name is not None and (not name or name.isdigit() or set(name) & set(".[]") or "{" in (form or "")):
+                raise ValueError(f"'{{{name}}}' names no column of the task rows: braces hold a column's name alone")
+        return self
+
+
+class Teacher(Section):
+    """What distillation learns from beside the verifier.
+
+    It is a model that exists (`path`), one that is made here (`warm_start`), the student itself (`base`, `self`), or
+    one of `several` for each row. A model of its own is whole in every training process, unless `device`, `device_map`,
+    `sharded` or `server` says otherwise. It is evaluated beside the methods, without its hint, if the engine of the
+    rollouts can hold it: one behind a server takes vllm_server, one of another shape than the policy takes
+    transformers, and a sharded one takes none.
+    """
+
+    path: str | None = None
+    """Folder, or name on the Hugging Face hub."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of its weights; default the model's."""
+    warm_start: WarmStart | None = None
+    """Made from nothing on the run's task, as `model.warm_start`."""
+    method: Method | None = None
+    """Trains a teacher that was made here, on the run's prompts and rewards; default none."""
+    base: bool = False
+    """The base of a LoRA student, which is the initial policy, without further memory."""
+    self: bool = False
+    """The student as it is now, which reads a hint (self-distillation)."""
+    by: str | None = None
+    """The column of the task rows that names the one of `several` that teaches a row."""
+    several: dict[Label, Teacher] = Field(default_factory=dict)
+    """Teachers by name, none of them made here."""
+    hint: Hint | None = None
+    template: Literal["student", "teacher"] | None = None
+    """Whose chat template renders its prompts, where the two differ."""
+    device: Annotated[str, Field(pattern=r"^[a-z]+(:\d+)?$")] | None = None
+    """Where it is in every training process, as in cuda:1; default the process's own GPU."""
+    device_map: str | dict[str, str | int] | None = None
+    """Of accelerate, over several devices, as in auto."""
+    sharded: bool = False
+    """Split over the training processes, as ZeRO-3 splits the student."""
+    server: Server | None = None
+    """Behind a vLLM server of its own: one that runs (`posttrain serve`), or without `url` one that the run starts."""
+    vllm: Vllm = Field(default_factory=Vllm)
+    """Settings of a server that the run starts."""
+    batch_size: PositiveInt | None = None
+    """Sequences per forward in the training processes; default 64."""
+
+    @property
+    def is_student(self) -> bool:
+        """Whether it has no weights of its own."""
+        return self.base or self.self
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Teacher:
+        sources = (self.path is not None, self.warm_start is not None, self.base, self.self, bool(self.several))
+        if sum(sources) != 1:
+            raise ValueError(
+                "name exactly one source: path (a model that exists), warm_start (one made here), base or self (the "
+                "student), or several"
+            )
+        if self.path is not None and self.method is not None:
+            raise ValueError("method trains a teacher that is made here: remove it, or give warm_start instead of path")
+        if self.warm_start is not None and self.revision is not None:
+            raise ValueError("revision has no effect on a warm-started teacher: remove it")
+        if self.self and self.hint is None:
+            raise ValueError("the student has nothing to tell itself: give it a hint, or name another teacher")
+        if (self.by is None) == bool(self.several):
+            raise ValueError("by names the column that chooses among several teachers: give both or neither")
+        made = next((name for name, other in self.several.items() if other.warm_start or other.several), None)
+        if made is not None:
+            raise ValueError(f"several teachers are there already: give '{made}' a path, or base or self")
+        if any(other.sharded for other in self.several.values()):
+            raise ValueError("processes have different numbers of rows for several teachers: none can be sharded")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_have_an_effect(self) -> Teacher:
+        fields = type(self).model_fields.items()
+        said = [name for name, field in fields if getattr(self, name) != field.get_default(call_default_factory=True)]
+        for applies, known, where in (
+            (bool(self.several), ("by", "several"), "several teachers: say it of each"),
+            (self.is_student, ("base", "self", "hint", "batch_size"), "the student's own model: remove it"),
+        ):
+            idle = next((name for name in said if applies and name not in known), None)
+            if idle is not None:
+                raise ValueError(f"{idle} has no effect on {where}")
+        places = [name for name in ("device", "device_map", "sharded", "server") if name in said]
+        if len(places) > 1:
+            raise ValueError(f"{places[0]} and {places[1]} both say where the teacher is: give one of them")
+        if self.server is None:
+            if self.vllm != Vllm():
+                raise ValueError("vllm settings are of a server that the run starts: add server: {}, or remove them")
+            return self
+        if self.batch_size is not None:
+            raise ValueError("batch_size has no effect on a teacher behind a server: remove it")
+        if self.server.transfer != "auto" or self.server.folder is not None:
+            raise ValueError("a teacher's server takes no weights: remove server.transfer and server.folder")
+        if self.vllm.sleep:
+            raise ValueError("sleep is for vLLM beside a trainer: remove it")
+        if self.server.url is not None and self.vllm != Vllm():
+            raise ValueError("vllm settings belong to the server that runs already (server.url): remove them here")
+        if self.server.url is not None and self.warm_start is not None:
+            raise ValueError("a server that runs already has no teacher that is made here: remove server.url")
+        return self
+
+
 class Rollout(Section):
     """How answers are generated; one engine and one set of sampling settings serve the whole run."""
 
@@ -333,6 +488,37 @@ class Calibration(Section):
     """Held-out pairs of one prompt, built from the initial policy's answers where the task brings none."""
 
 
+def _require_reachable(n: int, ks: Sequence[int]) -> None:
+    """Refuse pass@k that n answers cannot give, and k out of order.
+
+    Raises:
+        ValueError: so it is.
+    """
+    too_large = [k for k in ks if k > n]
+    if too_large:
+        raise ValueError(f"k = {too_large[0]} exceeds n = {n}: draw more answers (n) or ask for a smaller k")
+    if sorted(set(ks)) != ks:
+        raise ValueError(f"k must increase without repeats, got {ks}")
+
+
+class Further(Section):
+    """Another task whose held-out rows every policy answers, judged by its own verifier: what training unlearned."""
+
+    task: Task
+    prompts: PositiveInt | None = None
+    """Held-out prompts; default all of them."""
+    n: PositiveInt = 32
+    """Answers per prompt; n ≥ 2k is advised."""
+    k: list[PositiveInt] = Field(default_factory=lambda: [1, 16], min_length=1)
+    max_tokens: PositiveInt | None = None
+    """Longest answer in tokens; default rollout.max_tokens."""
+
+    @model_validator(mode="after")
+    def _k_at_most_n(self) -> Further:
+        _require_reachable(self.n, self.k)
+        return self
+
+
 class Evaluation(Section):
     """pass@k of the initial policy and of every trained one, on the same held-out prompts, and what else is asked."""
 
@@ -353,14 +539,12 @@ class Evaluation(Section):
     """Default: not measured."""
     calibration: Calibration | None = None
     """Default: not measured."""
+    further: dict[Label, Further] = Field(default_factory=dict)
+    """Other tasks, by name, for what was forgotten there; temperature, top-p, seed and intervals are those above."""
 
     @model_validator(mode="after")
     def _k_at_most_n(self) -> Evaluation:
-        too_large = [k for k in self.k if k > self.n]
-        if too_large:
-            raise ValueError(f"k = {too_large[0]} exceeds n = {self.n}: draw more answers (n) or ask for a smaller k")
-        if sorted(set(self.k)) != self.k:
-            raise ValueError(f"k must increase without repeats, got {self.k}")
+        _require_reachable(self.n, self.k)
         return self
 
 
@@ -431,8 +615,8 @@ class Recipe(Section):
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     """A grid: the method is trained once for every combination of the values that are listed, as in
     {method.args.beta: [0.03, 0.1], seed: [0, 1]}. Keys are method.args.NAME, seed, method.args with mappings of
-    arguments that belong together, or method with mappings {name, args, called}, each of which takes over `method` as a
-    baseline does. What else a recipe says is shared, so that all runs can be compared."""
+    arguments that belong together, or method with mappings {name, prompts_per_step, args, called}, each of which takes
+    over `method` as a baseline does. What else a recipe says is shared, so that all runs can be compared."""
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Recipe:
@@ -455,10 +639,9 @@ class Recipe(Section):
                     f"a sweep cannot vary {key}, only method, method.args and seed: its runs share model, data and "
                     "evaluation, or they could not be compared; start a run for each value instead"
                 )
-        teachers = ["teacher"] if self.teacher is not None else []
         labels = [
             "base",
-            *teachers,
+            *self.teachers,
             *(baseline.label for baseline in self.baselines),
             *(self.cells or [self.method.label]),
         ]
@@ -468,6 +651,48 @@ class Recipe(Section):
         if twice is not None:
             raise ValueError(f"two runs are called '{twice}': give the baseline another name (called)")
         return self
+
+    @model_validator(mode="after")
+    def _teachers_are_possible(self) -> Recipe:
+        for teacher in self.teachers.values():
+            if teacher.base and self.model.lora is None:
+                raise ValueError("teacher.base is the base of a LoRA student: set model.lora, or name a model (path)")
+            if teacher.server is not None and self.rollout.temperature != 1.0:
+                raise ValueError(
+                    "a vLLM server scores at temperature 1 alone, and answers are drawn at "
+                    f"{self.rollout.temperature:g} (rollout.temperature): set it to 1, or take a teacher without server"
+                )
+            if not teacher.sharded:
+                continue
+            config = self.launch.config
+            if config is not None and not is_path(config) and not config.startswith("zero3"):
+                raise ValueError(
+                    f"teacher.sharded splits the teacher by ZeRO-3, and launch.config is {config}: set it to zero3, or "
+                    "remove sharded"
+                )
+            if teacher.dtype not in (None, self.model.dtype):
+                raise ValueError(
+                    f"a sharded teacher computes in the policy's dtype {self.model.dtype}, not in {teacher.dtype}: "
+                    "remove teacher.dtype"
+                )
+        return self
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """Every teacher by its label: `teacher`, or `teacher-NAME` of each of several."""
+        if self.teacher is None:
+            return {}
+        several = {f"teacher-{name}": teacher for name, teacher in self.teacher.several.items()}
+        return several or {"teacher": self.teacher}
+
+    @property
+    def other_tasks(self) -> list[Task | Demonstrated]:
+        """The tasks that are named beside `task`: asked further, or demonstrated by a warm start."""
+        starts = [self.model.warm_start, self.teacher.warm_start if self.teacher is not None else None]
+        return [
+            *(further.task for further in self.evaluation.further.values()),
+            *(task for start in starts if start is not None for task in start.also),
+        ]
 
     @property
     def cells(self) -> dict[str, dict[str, Any]]:
@@ -507,8 +732,9 @@ def _method_of(value: Any) -> Baseline:
     Raises:
         ValueError: it is no method, or has a seed.
     """
-    if not isinstance(value, dict) or "name" not in value or not set(value) <= {"name", "args", "called"}:
-        raise ValueError(f"sweep.method lists methods as {{name, args, called}}, got {value!r}")
+    known = ("name", "prompts_per_step", "args", "called")
+    if not isinstance(value, dict) or "name" not in value or not set(value) <= set(known):
+        raise ValueError(f"sweep.method lists methods as {{{', '.join(known)}}}, got {value!r}")
     return Baseline(**value)
 
 
@@ -581,7 +807,7 @@ def find(reference: str) -> Path:
 
 
 def read(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The recipe's mapping with its bases merged in, not validated yet.
+    """The recipe's mapping with its bases merged in, not validated yet: later ones over earlier ones, itself over all.
 
     Raises:
         UserError: the file cannot be read or parsed, or the chain of `extends:` is broken or circular.
@@ -598,12 +824,14 @@ def read(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}, but a recipe is a mapping of sections.")
-    base = content.pop("extends", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise UserError(f"extends in {path} must be one path, got {base!r}.")
-    return _merge(read(path.parent / base, (*_chain, path)), content)
+    named = content.pop("extends", [])
+    bases = [named] if isinstance(named, str) else named
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"extends in {path} must be a path, or a list of them, got {named!r}.")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = _merge(merged, read(path.parent / base, (*_chain, path)))
+    return _merge(merged, content)
 
 
 def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:

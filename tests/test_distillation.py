@@ -29,7 +29,9 @@ from posttrain.objectives.distillation import (
     teacher_advantage,
     teacher_reward,
     top_words,
-    topk_reverse_kl,
+    topk_of_student,
+    topk_of_teacher,
+    topk_vocabulary,
     trust_region_ratio,
 )
 from posttrain.objectives.policy import clipped_surrogate, importance_ratio, kl_k2, kl_k3
@@ -295,7 +297,7 @@ def test_other_refusals() -> None:
     logps, teacher_logps = tokens()
     with pytest.raises(ValueError, match="unknown estimator 'k4'; known: k2, k3, bias_corrected_k3, full, topk"):
         check_estimator("k4")
-    with pytest.raises(ValueError, match=r"'topk' compares next-token distributions.*topk_reverse_kl"):
+    with pytest.raises(ValueError, match=r"'topk' compares next-token distributions.*topk_vocabulary"):
         distillation_loss("topk", logps, logps, teacher_logps)
     for estimator in SAMPLED_ESTIMATORS:
         for clamp in (0.0, -1.0, 41.0, math.nan):
@@ -391,7 +393,7 @@ def test_topk_is_the_reverse_kl_of_the_renormalised_distributions() -> None:
         return (p * (p / q).log()).sum(-1)
 
     def ours(hidden: Tensor) -> Tensor:
-        return topk_reverse_kl(log_probs_at(hidden, head, ids), teacher_logps, tail=False)
+        return topk_vocabulary(log_probs_at(hidden, head, ids), teacher_logps, tail=False)
 
     torch.testing.assert_close(ours(hidden), naive(hidden), rtol=0, atol=1e-12)
     torch.testing.assert_close(gradient_of(ours, hidden), gradient_of(naive, hidden), rtol=0, atol=1e-12)
@@ -401,7 +403,7 @@ def test_topk_is_the_reverse_kl_of_the_renormalised_distributions() -> None:
 def test_topk_with_all_words_or_all_but_one_is_full_vocabulary(tail: bool) -> None:
     hidden, head, teacher_hidden, teacher_head = two_models()
     ids = top_words(hidden, head, 42 if tail else 43)
-    found = topk_reverse_kl(log_probs_at(hidden, head, ids), log_probs_at(teacher_hidden, teacher_head, ids), tail=tail)
+    found = topk_vocabulary(log_probs_at(hidden, head, ids), log_probs_at(teacher_hidden, teacher_head, ids), tail=tail)
     torch.testing.assert_close(found, full_vocabulary(hidden, head, teacher_hidden, teacher_head), rtol=1e-9, atol=0)
 
 
@@ -409,15 +411,52 @@ def test_topk_in_float32_at_any_ratio_and_between_equals() -> None:
     logps = torch.tensor([[-0.7, -1.4, -2.0], [0.0, -30.0, -1e4]], requires_grad=True)
     teacher_logps = torch.tensor([[-1e4, -0.1, -3.0], [-1e4, -1e4, -1e-3]])
     for tail in (False, True):
-        value = topk_reverse_kl(logps, teacher_logps, tail=tail)
+        value = topk_vocabulary(logps, teacher_logps, tail=tail)
         (gradient,) = torch.autograd.grad(value.sum(), logps)
         assert value.isfinite().all() and gradient.isfinite().all()
         assert value[1].item() == pytest.approx(1e4, rel=1e-3)
-        assert (topk_reverse_kl(logps, logps.detach(), tail=tail) == 0).all()
-        same = gradient_of(lambda lp: topk_reverse_kl(lp, logps.detach(), tail=tail), logps)  # noqa: B023
+        assert (topk_vocabulary(logps, logps.detach(), tail=tail) == 0).all()
+        same = gradient_of(lambda lp: topk_vocabulary(lp, logps.detach(), tail=tail), logps)  # noqa: B023
         assert (same == 0).all()
     with pytest.raises(ValueError, match=r"one word, renormalised.*at least 2, or tail = True"):
-        topk_reverse_kl(logps[:, :1], teacher_logps[:, :1], tail=False)
+        topk_vocabulary(logps[:, :1], teacher_logps[:, :1], tail=False)
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_topk_of_the_student_from_hidden_states(tail: bool) -> None:
+    """Its six best of the 41 words that the tokenizer has, at temperature 0.7; no gradient reaches the teacher."""
+    hidden, head, teacher_hidden, teacher_head = two_models(43, 47)
+    student, teacher = head.weight.requires_grad_(), teacher_head.weight.requires_grad_()
+    assert head.bias is not None
+    logps = logps_of(hidden, Head(student[:41], head.bias[:41]), 0.7)
+    teacher_logps = logps_of(teacher_hidden, Head(teacher[:41]), 0.7).detach()
+    ids = logps.topk(6, dim=-1).indices
+    wanted = topk_vocabulary(logps.gather(1, ids), teacher_logps.gather(1, ids), tail=tail, divergence="js")
+    found = topk_of_student(
+        hidden, head, teacher_hidden, teacher_head, 6, tail=tail, words=41, divergence="js", temperature=0.7
+    )
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    gradients = [torch.autograd.grad(each.sum(), [student, teacher], allow_unused=True) for each in (found, wanted)]
+    torch.testing.assert_close(gradients[0][0], gradients[1][0], rtol=0, atol=1e-12)
+    assert gradients[0][1] is None
+
+
+def test_topk_of_the_teacher_by_hand() -> None:
+    """p = 1/2, 1/4, 1/4 and q = 1/8, 1/8, with 1/4 on a word that the student lacks: that joins the other 1/2.
+
+    Forward KL over first, second and others: ⅛ log(⅛ / ½) + ⅛ log(⅛ / ¼) + ¾ log(¾ / ¼).
+    """
+    head = Head(torch.tensor([[0.5], [0.25], [0.25]], dtype=torch.float64).log())
+    hidden = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[3, 0, 1]])
+    teacher_logps = torch.tensor([[0.25, 0.125, 0.125]], dtype=torch.float64).log()
+    found = topk_of_teacher(hidden, head, ids, teacher_logps, divergence="forward_kl")
+    wanted = (math.log(1 / 4) + math.log(1 / 2)) / 8 + 0.75 * math.log(3)
+    assert found.item() == pytest.approx(wanted, abs=1e-12)
+    (gradient,) = torch.autograd.grad(found.sum(), hidden)
+    # −Σ q ∂log p/∂h, with log p_i = h w_i − log Σ e^{h w}: −Σ q_i w_i + Σ p_i w_i; the others' weight is the third's
+    w = [math.log(0.5), math.log(0.25), math.log(0.25)]
+    assert gradient.item() == pytest.approx(0.5 * w[0] + 0.5 * w[1] - (w[0] / 8 + w[1] / 8 + 0.75 * w[2]), abs=1e-12)
 
 
 def test_which_topk_terms_have_the_direction_of_the_reverse_kl() -> None:
@@ -436,10 +475,10 @@ def test_which_topk_terms_have_the_direction_of_the_reverse_kl() -> None:
         return (lp.exp() * (lp - t)).sum(-1)
 
     def renormalised(lp: Tensor, t: Tensor) -> Tensor:
-        return topk_reverse_kl(lp, t, tail=False)
+        return topk_vocabulary(lp, t, tail=False)
 
     def with_tail(lp: Tensor, t: Tensor) -> Tensor:
-        return topk_reverse_kl(lp, t, tail=True)
+        return topk_vocabulary(lp, t, tail=True)
 
     assert cosine(teachers, plain) == pytest.approx(-0.748, abs=1e-3)
     assert cosine(teachers, renormalised) == pytest.approx(0.055, abs=1e-3)

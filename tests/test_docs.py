@@ -37,7 +37,7 @@ def test_commands_of_the_readme_exist() -> None:
     assert {"run", "check", "presample", "evaluate"} <= verbs
     for verb in sorted(verbs):
         assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0, verb
-    for name in re.findall(r"(?:posttrain \w+|recipes show) ((?:dph_rl|f_dpg|f_dpo|grpo|kdrl|rlad)/\w+)", text):
+    for name in re.findall(r"(?:posttrain \w+|recipes show) ((?:apo|dph_rl|f_dpg|f_dpo|grpo|kdrl|rlad|sft)/\w+)", text):
         assert name in recipes.names(), name
 
 

@@ -299,9 +299,9 @@ def test_prompts_are_told_apart_by_tokens_and_not_by_padding(tiny_model: str, tm
 
     ids = torch.tensor([[0, 5, 6], [9, 5, 6], [4, 5, 6]])
     mask = torch.tensor([[0, 1, 1], [0, 1, 1], [1, 1, 1]])
-    one, two, three = _fingerprints(ids, mask).tolist()
+    one, two, three = _fingerprints(ids, mask, [{}] * 3).tolist()
     assert one == two != three
-    assert _fingerprints(torch.tensor([[5, 6]]), torch.ones(1, 2)).item() == one
+    assert _fingerprints(torch.tensor([[5, 6]]), torch.ones(1, 2), [{}]).item() == one
 
 
 def is_one_of_three(completions: list[Any], **_: Any) -> list[float]:

@@ -14,32 +14,20 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedModel,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import create_model_from_path
 
 from posttrain import recipe as recipes
 from posttrain import registry
-from posttrain.launch.warm_start import character_tokenizer
 from posttrain.seams.preference import IDS, PreferenceTrainer
-from posttrain.tasks._characters import ALPHABET
 from posttrain.trainers.f_dpo import FDPOConfig, FDPOTrainer
 from tests.preference_steps import PAIRS, STEPS, VARIANTS, arguments, lora, pairs, steps
 from tests.processes import finish as run
 from tests.test_sharding import launcher, partitioning
+from tests.tiny_vision import colour, tiny_vision
 
 
 def reference(folder: str) -> PreTrainedModel:
@@ -372,54 +360,13 @@ def test_token_ids_are_taken_as_they_are(tiny_model: str, tmp_path: Path) -> Non
     assert whole.train_dataset.to_list() == [unusual, long]
 
 
-PICTURE_TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{{ '?' if message['role'] == 'user' else '<eos>' }}{% endfor %}"
-)
-
-
 def test_pairs_on_pictures_train_as_in_trl(tmp_path: Path) -> None:
     """A small LLaVA, pictures of one colour: three steps of JS are TRL's, and the vision tower learns."""
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-            projection_dim=16,
-        ),
-        text_config=Qwen2Config(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        ),
-        image_token_index=19,
-        vision_feature_layer=-1,
-    )
-    torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "model")
-    tokenizer = character_tokenizer(ALPHABET, PICTURE_TEMPLATE)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    assert (tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token) == (19, "<eos>")
-    LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
-        tokenizer=tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=PICTURE_TEMPLATE,
-    ).save_pretrained(tmp_path / "model")
-    colours = [Image.new("RGB", (8, 8), (60 * row, 255 - 60 * row, 40)) for row in range(4)]
+    model = tiny_vision(tmp_path / "model").path
     rows = pairs().select(range(4)).to_list()
-    data = Dataset.from_list([{**row, "images": [colour]} for row, colour in zip(rows, colours, strict=True)])
+    data = Dataset.from_list([{**row, "images": [colour(number)]} for number, row in enumerate(rows)])
     results = []
-    for trainer in both(str(tmp_path / "model"), tmp_path, *SOUND["js"], train_dataset=data):
+    for trainer in both(model, tmp_path, *SOUND["js"], train_dataset=data):
         tower = [(n, p.detach().clone()) for n, p in trainer.model.named_parameters() if "vision_tower" in n]
         results.append(trained(trainer))
         now = dict(trainer.model.named_parameters())

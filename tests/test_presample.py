@@ -101,11 +101,9 @@ class Watched:
         self.asked.append((len(prompts), params))
         return self.engine.sample(prompts, params)
 
-    def score(
-        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float = 1.0, top_k: int = 0
-    ) -> list[Score]:
+    def score(self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], **options: Any) -> list[Score]:
         self._live()
-        return self.engine.score(sequences, temperature=temperature, top_k=top_k)
+        return self.engine.score(sequences, **options)
 
     def _live(self) -> None:
         if self.calls == self.dies_at:

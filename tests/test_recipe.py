@@ -138,6 +138,16 @@ def test_a_recipe_lies_over_its_base_mapping_by_mapping(write: Write) -> None:
     assert recipe.method.args == {"beta": 0.2, "max_steps": 3}  # a mapping is merged
 
 
+def test_of_several_bases_the_later_ones_prevail(write: Write) -> None:
+    write(MINIMAL, "first.yaml")
+    write("evaluation: {n: 8, k: [2]}\nseed: 3", "second.yaml")
+    write("evaluation: {k: [4]}", "third.yaml")
+    recipe = recipes.load(str(write("extends: [first.yaml, second.yaml, third.yaml]\nname: above")))
+    assert (recipe.name, recipe.seed, recipe.evaluation.n, recipe.evaluation.k) == ("above", 3, 8, [4])
+    assert "must be a path, or a list of them, got {'a': 1}" in complaint(write("extends: {a: 1}"))
+    assert "must be a path, or a list of them, got [1]" in complaint(write("extends: [1]"))
+
+
 def test_a_circle_of_bases_is_refused_by_name(write: Write) -> None:
     write("extends: recipe.yaml", "base.yaml")
     assert "extends itself through recipe.yaml -> base.yaml" in complaint(write("extends: base.yaml"))

@@ -68,6 +68,22 @@ def test_one_answer_is_drawn_again_and_again() -> None:
     assert step_rows(Replay(STORE[:1], seed=0), 3, 4) == [0, 0, 0, 0]
 
 
+def test_images_are_looked_up_for_the_answers_of_the_share_alone() -> None:
+    asked: list[int] = []
+
+    def images(answer: StoredAnswer) -> list[str]:
+        asked.append(answer.token_ids[0])
+        return [f"of {answer.token_ids[0]}"] * (answer.token_ids[0] % 2)
+
+    replay = Replay(STORE, seed=4, images=images)
+    assert not asked
+    draw = replay.draw(step=0, rows=6, slot=1, slots=3)
+    assert asked == numbers(draw.answers)
+    assert len(asked) == 2, "a third of 6"
+    assert draw.images == [[f"of {number}"] * (number % 2) for number in asked]
+    assert Replay(STORE, seed=4).draw(step=0, rows=6, slot=1, slots=3).images == [(), ()]
+
+
 def test_no_answers_are_refused() -> None:
     with pytest.raises(ValueError, match="no stored answers"):
         Replay([], seed=0)

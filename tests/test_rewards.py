@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 import threading
 import time
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,13 @@ from posttrain.rewards.countdown import MAX_TOKENS
 STANDARD = rewards.load("countdown")
 LEFT_TO_RIGHT = rewards.load("countdown", {"precedence": "left_to_right"})
 MATH = rewards.load("math")
+MATH_SLOWLY = rewards.load("math", {"deadline": 60.0})
+CORPORA = Path(__file__).parent / "corpora"
+PAIRS = [json.loads(line) for line in (CORPORA / "math_pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+MATH_ATTACKS = [
+    "".join(text * times for text, times in json.loads(line)["parts"])
+    for line in (CORPORA / "math_attacks.jsonl").read_text(encoding="utf-8").splitlines()
+]
 
 ATTACKS = [
     "__import__('os')._exit(1)",
@@ -61,9 +70,9 @@ ATTACKS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _math_verify_imported() -> None:
-    """Keep the second that the import takes out of the deadlines."""
-    MATH.verify(r"\boxed{x+1}", {"answer": "5"})
+def _workers_begun() -> None:
+    """Keep the seconds that the workers' imports take out of the deadlines."""
+    MATH.score([r"\boxed{x+1}"], [{"answer": "5"}])
 
 
 def verdict(verifier: Verifier, completion: str, **row: Any) -> Verdict:
@@ -115,6 +124,33 @@ class TestCountdown:
         assert verdict(LEFT_TO_RIGHT, "3+5*7", **row).reward == 1.0
         assert verdict(STANDARD, "3+5*7", **row).reward == 0.0
         assert verdict(LEFT_TO_RIGHT, "(3+5)*7", **row).status == "wrong"
+
+    @pytest.mark.parametrize(
+        ("completion", "reward", "status"),
+        [
+            ("7+5*3,3+5*7", 1.0, "ok"),
+            ("3+5*7,7+5*3", 0.0, "wrong"),  # right before, but not at last
+            ("3+5*7", 1.0, "ok"),
+            ("7+5*3,3+5*7=56", 1.0, "ok"),
+            ("7+5*3=56,3+5*7", 1.0, "ok"),  # what stands before is not read at all
+            ("(((,3+5*7", 1.0, "ok"),
+            ("3+5*7,", 0.0, "no_answer"),
+            (",", 0.0, "no_answer"),
+            ("3+5,*7", 0.0, "wrong"),
+            ("3+5*7;7+5*3", 0.0, "wrong"),
+            ("<answer>7+5*3,3+5*7</answer>", 1.0, "ok"),
+            ("9" * 200_000 + ",3+5*7", 1.0, "ok"),
+        ],
+    )
+    def test_of_several_attempts_the_last_is_judged(self, completion: str, reward: float, status: str) -> None:
+        """(3 + 5) · 7 = 56, and (7 + 5) · 3 = 36."""
+        verifier = rewards.load("countdown", {"precedence": "left_to_right", "separator": ","})
+        found = verdict(verifier, completion, numbers=[3, 5, 7], target=56)
+        assert (found.reward, found.status) == (reward, status)
+        assert reward == 0.0 or found.answer == "3+5*7"
+
+    def test_without_a_separator_there_is_one_attempt(self) -> None:
+        assert verdict(LEFT_TO_RIGHT, "7+5*3,3+5*7", numbers=[3, 5, 7], target=56).status == "wrong"
 
     def test_division_is_exact(self) -> None:
         # 8 / (3 − 8/3) = 8 / (1/3) = 24, which floating point misses
@@ -323,6 +359,104 @@ class TestMath:
         long_gold = "+".join(["x"] * 200)
         assert verdict(MATH, rf"\boxed{{{long_gold}}}", answer=long_gold).reward == 1.0
 
+    def test_the_corpus(self) -> None:
+        """Every pair as expected, and every gold answer correct itself, in one call."""
+        assert len(PAIRS) >= 150 and sum(pair["hard"] for pair in PAIRS) >= 96
+        rows = [{"answer": pair["gold"]} for pair in PAIRS]
+        answers = [rf"So it is $\boxed{{{pair['answer']}}}$." for pair in PAIRS]
+        found = MATH_SLOWLY.score(answers, rows)
+        mistakes = [
+            (pair["gold"], pair["answer"], verdict.status)
+            for pair, verdict in zip(PAIRS, found, strict=True)
+            if verdict.reward != float(pair["equal"])
+        ]
+        assert not mistakes
+        golds = MATH.score([MATH.gold(row) or "" for row in rows], rows)
+        assert {verdict.status for verdict in golds} == {"ok"}
+
+    def test_attacks_of_the_corpus_cost_nobody_else_the_verdict(self) -> None:
+        assert len(MATH_ATTACKS) >= 64
+        verifier = rewards.load("math", {"deadline": 1.0})
+        correct, wrong = (r"\boxed{(x+1)^2}", "x^2+2x+1"), (r"\boxed{x^2}", "2x")
+        pairs = [
+            pair for attack in MATH_ATTACKS for pair in ((rf"\boxed{{{attack}}}", "5"), correct, (attack, "5"), wrong)
+        ]
+        found = verifier.score([answer for answer, _ in pairs], [{"answer": gold} for _, gold in pairs])
+        assert {verdict.reward for verdict in found[::2]} == {0.0}
+        assert {verdict.reward for verdict in found[1::4]} == {1.0}
+        assert {verdict.reward for verdict in found[3::4]} == {0.0}
+        assert {verdict.status for verdict in found[3::4]} == {"wrong"}
+        assert "timeout" in {verdict.status for verdict in found}  # some pass the guard
+        assert all(verdict.seconds < 1.0 + 1.0 for verdict in found)
+
+    @pytest.mark.parametrize(
+        ("options", "gold", "answer", "default", "expected"),
+        [
+            ({"percent": "value"}, r"50\%", "50", 1, 0),
+            ({"percent": "value"}, r"50\%", "0.5", 1, 1),
+            ({"percent": "value"}, "50", r"50\%", 1, 0),
+            ({"percent": "value"}, r"50\%", r"50\%", 1, 1),
+            ({"percent": "value"}, r"\sqrt{2}\%", r"\frac{\sqrt{2}}{100}", 1, 1),
+            ({"units": "required"}, r"5\text{ cm}", "5", 1, 0),
+            ({"units": "required"}, "5", r"5\text{ cm}", 1, 0),
+            ({"units": "required"}, r"5\text{ cm}", "5 centimeters", 1, 1),
+            ({"units": "required"}, r"5\text{ cm}^2", r"5\text{ sq cm}", 1, 1),
+            ({"units": "required"}, r"5\text{ m/s}", "5 meters per second", 1, 1),
+            ({"units": "ignored"}, r"5\text{ cm}", r"5\text{ m}", 0, 1),
+            ({"units": "ignored"}, "101_2", "101_3", 0, 1),
+            ({"units": "ignored"}, "€5", "£5", 0, 1),
+            ({"boxes": "reject"}, "5", r"5} or \boxed{5", 1, 1),
+            ({"boxes": "reject"}, "5", r"5.} or \boxed{ 5 ", 1, 1),
+            ({"boxes": "reject"}, "5", r"6} or \boxed{5", 1, 0),
+            ({"boxes": "reject"}, "5", r"\boxed{5}", 1, 1),
+            ({"rounding": 3}, "1/3", "0.333", 0, 1),
+            ({"rounding": 3}, "1/3", "0.33", 0, 0),  # off by 0.0033, and half a unit of the third digit is 0.0005
+            ({"rounding": 3}, r"\pi", "3.14", 0, 1),
+            ({"rounding": 3}, r"\pi", "3.15", 0, 0),
+            ({"rounding": 3}, r"\sqrt{2}", "1.41", 0, 1),
+            ({"rounding": 2}, "1234", "1180", 0, 0),  # half a unit of the second digit is 50
+            ({"rounding": 2}, "1234", "1190", 0, 1),
+            ({"rounding": 2}, "0", "0.0001", 0, 0),
+            ({"rounding": 2}, "x", "y", 0, 0),
+            ({"rounding": 4}, r"\frac{1+\sqrt5}{2}", "1.618", 0, 1),
+            ({"order": "ignored"}, "(1,2)", "(2,1)", 0, 1),
+            ({"order": "ignored"}, "(1,2)", "(2,2)", 0, 0),
+            ({"order": "strict"}, "1,2", "2,1", 1, 0),
+            ({"order": "strict"}, r"\{1,2\}", r"\{2,1\}", 1, 1),
+            ({"order": "strict"}, "1,2", r"\{2,1\}", 1, 1),
+        ],
+    )
+    def test_policies(self, options: dict[str, Any], gold: str, answer: str, default: int, expected: int) -> None:
+        completion = rf"\boxed{{{answer}}}"
+        assert verdict(MATH_SLOWLY, completion, answer=gold).reward == float(default)
+        found = verdict(rewards.load("math", {**options, "deadline": 60.0}), completion, answer=gold)
+        assert found.reward == float(expected)
+
+    def test_boxes_in_the_thought_are_no_answers(self) -> None:
+        verifier = rewards.load("math", {"boxes": "reject"})
+        assert verdict(verifier, r"<think>\boxed{6}</think>\boxed{5}", answer="5").reward == 1.0
+        found = verdict(verifier, r"\boxed{6} \boxed{5}", answer="5")
+        assert (found.status, found.detail) == ("wrong", "several boxes that differ")
+
+    def test_what_is_exact_needs_no_worker(self) -> None:
+        for gold, answer, expected in [
+            ("46", "47", 0.0),
+            (r"\sqrt{8}", r"2\sqrt{2}", 1.0),
+            (r"\frac{\sqrt{6}}{2}", r"\sqrt{\frac{3}{2}}", None),
+            (r"\frac{3\sqrt{2}}{2}", r"\frac{3}{\sqrt{2}}", 1.0),
+            (r"2\pi", r"\frac{4}{2}\pi", 1.0),
+            (r"2\pi", r"2\sqrt{2}", 0.0),
+            (r"-\sqrt{2}", r"\sqrt{2}", 0.0),
+            (r"0\pi", "0", 1.0),
+            (r"\pi/2", r"\frac{\pi}{2}", 1.0),
+            (r"1/2\pi", r"\frac{\pi}{2}", None),  # may mean either
+            (r"\{1, \frac12\}", r"0.5, 1", 1.0),
+            (r"\{1, 2\}", r"1, 2, 3", 0.0),
+            ("5", "x+1", None),
+        ]:
+            found = MATH.decide(rf"\boxed{{{answer}}}", {"answer": gold})
+            assert (found and found.reward) == expected, (gold, answer)
+
     def test_works_off_the_main_thread(self) -> None:
         found: list[Verdict] = []
         thread = threading.Thread(target=lambda: found.append(verdict(MATH, r"\boxed{y(y+1)}", answer="y^2+y")))
@@ -425,6 +559,9 @@ class TestContract:
                     raise RecursionError("too deep")
                 return Verdict(1.0, "ok")
 
+        for verifier in (Broken(), MATH):
+            (found,) = verifier.score([["no message"]], [{"answer": "5"}])  # type: ignore[list-item]
+            assert (found.reward, found.status) == (None, "verifier_error")
         first, second = Broken().score(["bad", "good"], [{}, {}])
         assert (first.reward, first.status, first.detail) == (None, "verifier_error", "RecursionError: too deep")
         assert (second.reward, second.status) == (1.0, "ok")
@@ -444,7 +581,8 @@ class TestContract:
         )
         assert found == [1.0, 0.0, 0.0, None]
         assert extra == {"math_status": ["ok", "wrong", "no_answer", "unparseable_gold"]}
-        assert metrics == {"rewards/math/failures": 0.25}  # one of four
+        assert metrics.pop("rewards/math/seconds_p50") <= metrics.pop("rewards/math/seconds_p99") < 5.0
+        assert metrics == {"rewards/math/failures": 0.25, "rewards/math/timeouts": 0.0, "rewards/math/resource": 0.0}
         assert function([None], ["5"], answer=["5"]) == [1.0]
 
     def test_a_missing_column_is_named(self) -> None:
@@ -457,6 +595,8 @@ class TestContract:
             ("maths", {}, "There is no reward 'maths'; did you mean 'math'?"),
             ("countdown", {"precedenc": "standard"}, "no option 'precedenc'; did you mean 'precedence'?"),
             ("countdown", {"precedence": "rtl"}, "The option 'precedence' of the reward 'countdown' is wrong"),
+            ("countdown", {"separator": "="}, "separator '=' is empty or part of what expressions are written in"),
+            ("countdown", {"separator": ""}, "separator '' is empty or part"),
             ("format", {"think": 1}, "The option 'think' of the reward 'format' is wrong"),
         ],
     )

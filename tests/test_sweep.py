@@ -100,8 +100,11 @@ def test_methods_vary_as_baselines_do_and_over_seeds() -> None:
 @pytest.mark.parametrize(
     ("sweep", "sentence"),
     [
-        ({"method": ["grpo"]}, "sweep.method lists methods as {name, args, called}, got 'grpo'"),
-        ({"method": [{"name": "grpo", "seed": 1}]}, "sweep.method lists methods as {name, args, called}"),
+        ({"method": ["grpo"]}, "sweep.method lists methods as {name, prompts_per_step, args, called}, got 'grpo'"),
+        (
+            {"method": [{"name": "grpo", "seed": 1}]},
+            "sweep.method lists methods as {name, prompts_per_step, args, called}",
+        ),
         ({"method": [{"name": "grpo"}, {"name": "grpo"}]}, "two combinations of the sweep are the same"),
         ({"method": [{"name": "grpo"}], "method.args.beta": [0, 1]}, "give their arguments there, in args"),
         ({"evaluation.n": [8, 16]}, "a sweep cannot vary evaluation.n, only method, method.args and seed"),

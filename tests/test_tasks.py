@@ -7,6 +7,7 @@ import json
 import pickle
 import statistics
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from hypothesis import strategies as st
 from posttrain import registry, rewards, tasks
 from posttrain.errors import UserError
 from posttrain.tasks import Row, Split, choose, fingerprint, split_of
-from posttrain.tasks._characters import CHAT_TEMPLATE
+from posttrain.tasks._characters import ALPHABET, CHAT_TEMPLATE
 from posttrain.tasks.countdown import solve
 
 SPLITS: tuple[Split, ...] = ("train", "eval")
 PROCEDURAL: list[tuple[str, dict[str, Any]]] = [
     ("countdown", {}),
     ("countdown", {"numbers": 4, "rows": 200}),
+    ("countdown", {"attempts": 3}),
     ("arithmetic", {"operations": ["+", "-", "*"]}),
 ]
 
@@ -74,6 +76,7 @@ class TestContract:
             ("countdown", {"number": 3}, "The task 'countdown' has no option 'number'; did you mean 'numbers'?"),
             ("countdown", {"numbers": 5}, "The option 'numbers' of the task 'countdown' is wrong"),
             ("countdown", {"min_digit": 8, "max_digit": 3}, "min_digit 8 exceeds max_digit 3"),
+            ("countdown", {"attempts": -1}, "The option 'attempts' of the task 'countdown' is wrong"),
             ("arithmetic", {"operations": ["+", "+"]}, "names an operation twice"),
             ("files", {"fields": {}, "verifier": "math"}, "The task 'files' needs the option 'train'"),
         ],
@@ -117,7 +120,7 @@ class TestProcedural:
         )
         assert task.alphabet is not None
         assert set(text) <= set(task.alphabet) - set("^?")
-        assert len(task.alphabet) == len(set(task.alphabet)) == 16
+        assert len(task.alphabet) == len(set(task.alphabet)) == 16 + ("attempts" in options)
 
     def test_it_pickles(self, name: str, options: dict[str, Any]) -> None:
         task = tasks.load(name, options)
@@ -161,6 +164,41 @@ class TestCountdown:
         assert row["solution"] in by_hand
         drawn = {solution for _, solution in task.demonstrations([row], 500, seed=0)}
         assert sorted(drawn) == by_hand
+
+    def test_models_and_stores_of_one_attempt_stay_what_they_are(self) -> None:
+        """What their caches are found by: rows, demonstrations, alphabet and verifier."""
+        task = tasks.load("countdown")
+        train = task.rows("train")
+        shown = [{"a": answer} for _, answer in task.demonstrations(train, 500, seed=0)]
+        found = [fingerprint(rows) for rows in (train, task.rows("eval"), shown)]
+        assert found == ["b5b6f10b520fba48", "86ebe3cc027e78ae", "7aea021886ea8e46"]
+        assert task.alphabet == ALPHABET == "0123456789+-*=^?"
+        assert task.verifier is not None
+        identity = {"name": "countdown", "options": {"precedence": "left_to_right"}}
+        assert rewards.load(*task.verifier).identity == identity
+
+    def test_attempts_are_wrong_before_the_last(self) -> None:
+        task = tasks.load("countdown", {"attempts": 3})
+        pairs = task.demonstrations(task.rows("train"), 2000, seed=0)
+        counts = Counter(answer.count(",") for _, answer in pairs)
+        assert set(counts) == {0, 1, 2, 3}
+        assert all(count == pytest.approx(500, abs=80) for count in counts.values()), "uniform, four deviations wide"
+        one = rewards.load("countdown", {"precedence": "left_to_right"})
+        for row, answer in pairs[:300]:
+            *tried, last = answer.split(",")
+            assert [verdict.reward for verdict in one.score([*tried, last], [row] * (len(tried) + 1))] == [
+                *([0.0] * len(tried)),
+                1.0,
+            ]
+            for attempt in tried:
+                assert sorted(int(digit) for digit in attempt[::2]) == row["numbers"], "the numbers, each once"
+
+    def test_attempts_leave_prompts_alone_and_change_what_caches_are_found_by(self) -> None:
+        one, two, three = (tasks.load("countdown", {"attempts": count}) for count in (0, 2, 3))
+        keys = [[row["key"] for row in task.rows("train")] for task in (one, two, three)]
+        assert keys[0] == keys[1] == keys[2]
+        assert len({fingerprint(task.rows("train")) for task in (one, two, three)}) == 3
+        assert two.alphabet == three.alphabet == ALPHABET + ","
 
     @settings(max_examples=50, deadline=None)
     @given(st.sampled_from(sorted(solve(3, 1, 9, 99)) + sorted(solve(4, 1, 9, 99))))
@@ -432,7 +470,7 @@ class TestFiles:
             ({"fields": {"a": "prompt", "b": "prompt"}}, "fills the field 'prompt' from two columns"),
             ({"verifier": "meth"}, "There is no reward 'meth'; did you mean 'math'?"),
             ({"verifier": "format"}, "shapes and does not decide"),
-            ({"verifier_options": {"percent": True}}, "The reward 'math' has no option 'percent'"),
+            ({"verifier_options": {"per_cent": True}}, "The reward 'math' has no option 'per_cent'"),
             ({"train": "nowhere.jsonl"}, "finds no file 'nowhere.jsonl'"),
             ({"train": "train.csv"}, "reads .jsonl and .parquet, not 'train.csv'"),
             ({"eval": "x.jsonl", "eval_share": 0.2}, "eval_share has no effect"),

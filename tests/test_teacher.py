@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from posttrain.errors import UserError
 from posttrain.launch.warm_start import character_tokenizer
@@ -33,8 +40,11 @@ from posttrain.rollouts.teacher import (
     require_effect,
     unpadded,
 )
+from posttrain.rollouts.tokens import render
 from posttrain.rollouts.transformers_engine import TransformersEngine
+from posttrain.tasks import Row, shown
 from tests.processes import finish
+from tests.tiny_vision import FAMILIES, Seeing, colour, tiny_vision
 
 ALPHABET = "0123456789+-*=^?"  # with <pad>, <eos> and <unk>: 19 tokens
 TEMPLATE = (
@@ -458,6 +468,30 @@ def test_scoring_runs_while_verifiers_do() -> None:
     assert Routed({"a": served}, "t").concurrent and not Routed({"a": served, "b": local}, "t").concurrent
 
 
+def test_one_model_under_several_names_scores_for_one_at_a_time() -> None:
+    """Two threads' forwards at once would be scored by each other's hooks."""
+    inside: list[int] = []
+    most: list[int] = []
+
+    def enter(*_: Any) -> None:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+
+    def leave(*_: Any) -> None:
+        inside.pop()
+
+    model = make_model()
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave)
+    teachers: dict[str, Teacher] = {name: ModelTeacher(model) for name in ("one", "two")}
+    for teacher in teachers.values():
+        teacher.concurrent = True
+    found = Routed(teachers, column="teacher").score(PROMPT_IDS, COMPLETIONS, ROWS)
+    assert most == [1, 1]
+    assert gap(found, ModelTeacher(make_model()).score(PROMPT_IDS, COMPLETIONS)) < 1e-6
+
+
 def test_batches_of_the_trainer_go_in_and_come_out() -> None:
     """Prompts are padded on the left, completions on the right; one completion is masked whole, as TRL does."""
     batch = {
@@ -475,8 +509,123 @@ def test_batches_of_the_trainer_go_in_and_come_out() -> None:
     assert torch.equal(fitted.mask, batch["completion_mask"].bool())
     with pytest.raises(ValueError, match="scores of 3 tokens do not fit into a batch of 2"):
         score.fitted(torch.zeros(2, 2))
-    with pytest.raises(UserError, match=r"^The prompts hold images, which a teacher cannot read here: distil on text"):
-        unpadded({**batch, "pixel_values": torch.zeros(1)})
+
+
+# ---------------------------------------------------------------- images
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seeing]:
+    folder = tmp_path_factory.mktemp("seeing")
+    return {family: tiny_vision(folder / family, family, deviation=0.3) for family in FAMILIES}
+
+
+def loaded(seeing: Seeing) -> ModelTeacher:
+    """As `ModelTeacher.load`; the Qwen of tests has a processor that is not one of transformers'."""
+    model: Any = AutoModelForImageTextToText.from_pretrained(seeing.path)
+    return ModelTeacher(model, batch_size=4, processor=seeing.processor)
+
+
+def pictures(processor: Any) -> tuple[list[Row], list[list[int]], list[list[int]]]:
+    """Rows with no picture, one and two, one of them twice; their prompts as the student reads them; answers."""
+    rows: list[Row] = [
+        {"prompt": [{"role": "user", "content": question}], "images": [colour(each) for each in shown]}
+        for question, shown in (("12=3", [1]), ("1=1", []), ("337=24", [2, 3]), ("4=4", [0]))
+    ]
+    rows.insert(1, rows[0])
+    prompts = [render(processor, shown(row)).ids for row in rows]
+    answers = ["337", "1", "12-3", "", "*4=16"]
+    return rows, prompts, [processor.tokenizer.convert_tokens_to_ids(list(answer)) for answer in answers]
+
+
+def looked_at(model: Any, processor: Any, row: Row, completion: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Log-probs [T, V] of a completion and states before the head [T, E]: one forward on the processor's output."""
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in row["prompt"]]
+    made = processor.apply_chat_template(
+        shown(row) if row["images"] else parts,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    length = made["input_ids"].size(1)
+    ids = torch.cat([made.pop("input_ids"), torch.tensor([list(completion)], dtype=torch.long)], dim=1)
+    made.pop("attention_mask")
+    for name in {"token_type_ids", "mm_token_type_ids"} & made.keys():
+        made[name] = torch.nn.functional.pad(made[name], (0, len(completion)))
+    entering: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: entering.append(given[0]))
+    with torch.no_grad():
+        logits = model(input_ids=ids, **made).logits[0]
+    hook.remove()
+    told = slice(length - 1, length + len(completion) - 1)
+    return torch.log_softmax(logits[told].double(), dim=-1), entering[0][0, told]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_to_prompts_with_images(seeing: dict[str, Seeing], family: str) -> None:
+    """Prompts without a picture, with one and with two in one batch, padded to one length."""
+    teacher, processor = loaded(seeing[family]), seeing[family].processor
+    rows, prompts, completions = pictures(processor)
+    score = teacher.score(prompts, completions, rows, hidden=True)
+    assert teacher.reads_images and score.hidden is not None
+    for row, completion in enumerate(completions):
+        wanted, states = looked_at(teacher.model, processor, rows[row], completion)
+        own = wanted.gather(1, torch.tensor(completion, dtype=torch.long)[:, None])[:, 0]
+        torch.testing.assert_close(score.logps[row, : len(completion)].double(), own, atol=1e-5, rtol=0)
+        torch.testing.assert_close(score.hidden[row, : len(completion)], states, atol=1e-5, rtol=1e-4)
+    other = [{**row, "images": [colour(9 + 3 * i) for i, _ in enumerate(row["images"])]} for row in rows]
+    if family == "llava":  # pictures of other sizes take another number of tokens elsewhere
+        moved = (teacher.score(prompts, completions, other).logps - score.logps).abs().amax(dim=1)
+        assert (moved[[0, 1, 4]] > 1e-3).all() and moved[2] == 0.0, "the row without a picture stays"
+
+
+def test_a_loaded_teacher_that_reads_images(seeing: dict[str, Seeing]) -> None:
+    """From its folder, by rows that name it, and in an engine; prompts without pictures need no rows."""
+    teacher = ModelTeacher.load(seeing["llava"].path, device="cpu")
+    rows, prompts, completions = pictures(seeing["llava"].processor)
+    wanted = loaded(seeing["llava"]).score(prompts, completions, rows)
+    assert teacher.reads_images
+    assert gap(teacher.score(prompts, completions, rows), wanted) < 1e-5
+    both = Routed({"a": teacher, "b": teacher}, "teacher")
+    named = [{**row, "teacher": "ab"[place % 2]} for place, row in enumerate(rows)]
+    assert both.reads_images and gap(both.score(prompts, completions, named), wanted) < 1e-5
+    engine = EngineTeacher(TransformersEngine.load(seeing["llava"].path, batch_size=1), teacher.vocabulary)
+    assert engine.reads_images and gap(engine.score(prompts, completions, rows), wanted) < 1e-5
+    text = teacher.score(prompts[2:3], completions[2:3])
+    torch.testing.assert_close(text.logps[0], wanted.logps[2, : len(completions[2])], atol=1e-5, rtol=0)
+
+
+def test_images_that_a_teacher_does_not_read_are_refused(seeing: dict[str, Seeing]) -> None:
+    rows, prompts, completions = pictures(seeing["llava"].processor)
+    text = ModelTeacher(make_model(rows=40))
+    assert not text.reads_images
+    with pytest.raises(
+        UserError, match=r"^The prompts hold images, and the teacher Qwen2ForCausalLM reads text alone: c"
+    ):
+        text.score(prompts, completions, rows)
+    told = Reprompted(loaded(seeing["llava"]), make_tokenizer(), hint("{solution}"))
+    assert not told.reads_images
+    with pytest.raises(
+        UserError, match=r"^The prompts hold images, which a teacher with a prompt of its own does not "
+    ):
+        told.score(prompts, completions, rows)
+    with pytest.raises(
+        UserError, match=r"^The teacher LlavaForConditionalGeneration does not read images as the student"
+    ):
+        loaded(seeing["llava"]).score([prompts[4]], [[3]], [rows[3]])
+    with pytest.raises(ValueError, match="5 completions came with 2 task rows: give each its row"):
+        loaded(seeing["llava"]).score(prompts, completions, rows[:2])
+
+    class Blind(Waiting):
+        def score(self, asked: Any, *, images: Any = None, **options: Any) -> list[Score]:
+            assert images == [row["images"] for row in rows]
+            raise UserError("The engine waiting reads text alone.")
+
+    engine: Any = Blind()
+    assert not EngineTeacher(engine, vocabulary=40).reads_images
+    with pytest.raises(UserError, match="reads text alone"):
+        EngineTeacher(engine, vocabulary=40).score(prompts, completions, rows)
 
 
 # ---------------------------------------------------------------- before training

@@ -1,7 +1,12 @@
-"""What each of two processes does in tests/test_kdrl.py: annotate its half of a batch, and take one loss on it."""
+"""What each of two processes does in tests/test_kdrl.py and tests/test_kdrl_distributions.py.
+
+They annotate their halves of a batch and take one loss on it; or they train on it for a few steps, split as the
+launcher's configuration says.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,6 +16,7 @@ import torch
 import torch.distributed
 
 from posttrain.rollouts.teacher import ModelTeacher
+from posttrain.seams.sharding import RequireSharding, active, fsdp_without_gpus, requested
 from posttrain.trainers.kdrl import KDRLConfig, KDRLTrainer
 from tests.oracle import arguments, batch, dataset, length_reward, perturb, value_and_gradient
 
@@ -21,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "response": {"kd_mask": "response", "kd_paced": True, "kd_denominator": "kept"},
     "group": {"kd_form": "advantage", "kd_mask": "group"},
     "reward": {"kd_form": "reward", "kd_paced": True},
+    "full": {"kd_estimator": "full", "kd_divergence": "js", "kd_mask": "response"},
+    "topk": {"kd_estimator": "topk", "kd_topk": 5, "kd_paced": True, "kd_denominator": "kept"},
 }
 
 
@@ -61,9 +69,54 @@ def measure(model: str, teacher: ModelTeacher, folder: Path, case: str) -> dict[
     }
 
 
+def train(model: str, teacher: ModelTeacher, folder: Path, world: int = 1) -> None:
+    """Three steps of `full` on `folder`/batch.pt, half of it per process; what they logged and weights go to
+    `folder`/trained."""
+    settings = arguments(
+        folder / "checkpoints",
+        num_generations=8,
+        per_device_train_batch_size=8 // world,
+        max_steps=3,
+        learning_rate=1e-2,
+        adam_epsilon=1e-3,  # so that a gradient of nothing but rounding moves nothing
+        use_cpu=not (requested() or "").startswith("fsdp"),
+        kd_estimator="full",
+        kd_divergence="forward_kl",
+        kd_coef=5.0,
+    )
+    with fsdp_without_gpus():
+        args = KDRLConfig(**settings)
+    trainer: Any = KDRLTrainer(model, length_reward, args, dataset(), teacher=teacher, callbacks=[RequireSharding()])
+    rank = trainer.accelerator.process_index
+    part = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    whole = torch.load(folder / "batch.pt", weights_only=True)
+    mine = {key: value if value.dim() == 0 else value[part] for key, value in whole.items()}
+
+    def generated(inputs: Any) -> dict[str, Any]:
+        trainer.raw_rewards = REWARDS[part]
+        with torch.no_grad():
+            extra = trainer.annotate(mine, [{}] * len(mine["completion_ids"]))
+        trainer._extra_keys = tuple(extra)
+        return {**mine, **extra}
+
+    trainer._generate_and_score_completions = generated
+    trainer.train()
+    trainer.save_model(str(folder / "trained"))
+    if rank == 0:
+        result = {
+            "active": active(trainer.model, trainer.optimizer),
+            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        }
+        (folder / "trained.json").write_text(json.dumps(result))
+
+
 def main() -> None:
-    """Arguments: student, teacher, output file."""
+    """Arguments: student, teacher, output file; or a folder to train in."""
     model, teacher, output = sys.argv[1:]
+    if Path(output).is_dir():
+        train(model, ModelTeacher.load(teacher), Path(output), world=2)
+        torch.distributed.destroy_process_group()
+        return
     found = {case: measure(model, ModelTeacher.load(teacher), Path(output).parent / "runs", case) for case in CASES}
     if torch.distributed.get_rank() == 0:
         torch.save(found, output)

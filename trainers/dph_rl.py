@@ -26,6 +26,7 @@ Differs: the token mean spans the whole optimiser step, not a micro-batch; store
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,11 @@ from posttrain.objectives.divergences import (
 )
 from posttrain.objectives.policy import importance_ratio, kl_k2, kl_k3
 from posttrain.rollouts.fingerprint import differs, fingerprint
-from posttrain.rollouts.replay import Replay
-from posttrain.rollouts.store import Store
+from posttrain.rollouts.replay import Replay, StoredAnswer
+from posttrain.rollouts.store import Store, prompt_id
 from posttrain.seams.on_policy import GRPOConfig, Metrics, OnPolicyTrainer, StoredTokens, Tokens
+from posttrain.seams.vision import stored_fields
+from posttrain.tasks import shown
 
 ONLINE_REFERENCE = ("js_definition", "reverse_kl", "reverse_kl_k3")
 """Divergences that are computed on rollouts and need the reference model in memory."""
@@ -177,15 +180,17 @@ class DPHTrainer(OnPolicyTrainer):
             args = DPHConfig(f"{Path(name).name}-DPH")
         opened = Store.open(store) if isinstance(store, str | Path) else store
         self.require_store(args, opened)
+        rows = train_dataset
         if opened is not None:
             if isinstance(model, str):
                 opened.require_files(model)
-            train_dataset = train_dataset.select(opened.exploration(train_dataset["prompt"]))
+            explored = opened.exploration(_prompts(rows))
+            train_dataset = rows.select(explored)
         super().__init__(model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         if opened is not None:
-            _require_model(opened, self.model, self._tokenizer)
+            _require_model(opened, self.model, self.processing_class)
             if args.rehearses:
-                self._prepare_replay(opened)
+                self._prepare_replay(opened, rows, explored)
 
     @staticmethod
     def require_store(args: DPHConfig, store: Store | None) -> None:
@@ -213,13 +218,15 @@ class DPHTrainer(OnPolicyTrainer):
                 "divergence = none."
             )
 
-    def _prepare_replay(self, store: Store) -> None:
-        if self._is_vlm:
-            raise ValueError("Rehearsal of stored answers knows no images: use a text-only model.")
+    def _prepare_replay(self, store: Store, rows: Any, explored: Sequence[int]) -> None:
         args = self.args
         rollouts = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         self.replay_rows = max(1, round(args.replay_ratio * rollouts))
-        self.replay = Replay(store.answers, seed=args.seed)
+        images = StoredImages(store, rows, explored) if "images" in rows.column_names else None
+        self.replay = Replay(store.answers, seed=args.seed, images=images)
+        if images is not None:
+            first, processor = store.answers[0], self.processing_class
+            stored_fields(processor, images(first), first.prompt_ids)  # refuses what cannot be rehearsed
         scale = self.replay_rows / rollouts if args.eta_scaling == "paper" else 1.0
         self.rehearsal_weight = args.eta * scale
 
@@ -269,9 +276,44 @@ class DPHTrainer(OnPolicyTrainer):
             )
 
 
-def _require_model(store: Store, model: PreTrainedModel, tokenizer: Any) -> None:
-    """Refuse a store that another model, tokenizer or chat template made."""
-    what = differs(store.identity["model"], fingerprint(model, tokenizer, adapters=False))
+class StoredImages:
+    """The images of stored answers' prompts, read from their training rows when they are asked for.
+
+    Args:
+        store: holds the answers.
+        rows: the data set, with a column `images`.
+        explored: indices of the rows that are explored online, and so rehearse nothing.
+
+    Raises:
+        UserError: the prompt of a stored answer is not among the rows.
+    """
+
+    def __init__(self, store: Store, rows: Any, explored: Sequence[int]) -> None:
+        self._rows = rows
+        others = set(range(len(rows))) - set(explored)
+        self._places = {prompt_id(shown(rows[index])): index for index in others}
+        missing = {answer.prompt_id for answer in store.answers} - set(self._places)
+        if missing:
+            raise UserError(
+                f"The store {store.path} rehearses {len(missing)} prompts that are not in the training data, so their "
+                "images are not known: train on the data that were presampled."
+            )
+
+    def __call__(self, answer: StoredAnswer) -> Sequence[Any]:
+        """The PIL images of the answer's prompt."""
+        return self._rows[self._places[answer.prompt_id]]["images"] or ()
+
+
+def _prompts(rows: Any) -> Iterable[Any]:
+    """The prompts of a data set as the store knows them; images are decoded one row at a time."""
+    if "images" not in rows.column_names:
+        return list(rows["prompt"])
+    return (shown(row) for row in rows.select_columns(["prompt", "images"]))
+
+
+def _require_model(store: Store, model: PreTrainedModel, processing_class: Any) -> None:
+    """Refuse a store that another model, tokenizer, chat template or image processor made."""
+    what = differs(store.identity["model"], fingerprint(model, processing_class, adapters=False))
     if what is not None:
         raise UserError(
             f"The store {store.path} was made by another model: {what} differ from this run's; presample again with "

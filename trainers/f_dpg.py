@@ -52,6 +52,7 @@ from posttrain.objectives.targets import (
     pseudo_reward,
 )
 from posttrain.seams.on_policy import GRPOConfig, Metrics, OnPolicyTrainer, Tokens
+from posttrain.tasks import fingerprint
 
 _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "loss_type": (("dr_grpo",), "the log-probs of an answer are summed, and the others divide by numbers of tokens"),
@@ -166,7 +167,7 @@ class FDPGTrainer(OnPolicyTrainer):
     """f-DPG on rollouts. Arguments as `OnPolicyTrainer`; `args` is an `FDPGConfig`.
 
     Raises:
-        ValueError: an option of the config would be ignored, or the model takes images.
+        ValueError: an option of the config would be ignored.
         posttrain.errors.UserError: a run is resumed from a checkpoint without averages of Z.
     """
 
@@ -185,8 +186,6 @@ class FDPGTrainer(OnPolicyTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = FDPGConfig(f"{Path(name).name}-f-DPG")
         super().__init__(model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
-        if self._is_vlm:
-            raise ValueError("f-DPG tells prompts apart by their tokens and knows no images: use a text-only model.")
         self.partition = Partition(args.z_momentum)
 
     def annotate(self, batch: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -198,7 +197,7 @@ class FDPGTrainer(OnPolicyTrainer):
         log_ratio = ((self._old_logps(batch) - batch["ref_per_token_logps"]).float() * mask).sum(dim=1)
         # Groups may span processes: from here on every process computes the same for all answers.
         answers = self.accelerator.gather(torch.stack([log_ratio, self.raw_rewards.to(log_ratio)], dim=1))
-        prompts = self.accelerator.gather(_fingerprints(batch["prompt_ids"], batch["prompt_mask"]))
+        prompts = self.accelerator.gather(_fingerprints(batch["prompt_ids"], batch["prompt_mask"], rows))
         group = self.num_generations if training else self.num_generations_eval
         log_ratio, rewards = answers.view(-1, group, 2).unbind(dim=2)
         counted = ~rewards.isnan()
@@ -259,13 +258,15 @@ class FDPGTrainer(OnPolicyTrainer):
         self.partition.load(path)
 
 
-def _fingerprints(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
-    """A number per prompt [B], int64, that depends on its tokens alone and not on its padding."""
-    digests = [
-        hashlib.sha256(repr(ids[kept].tolist()).encode()).digest()
-        for ids, kept in zip(prompt_ids, prompt_mask.bool(), strict=True)
-    ]
-    numbers = [int.from_bytes(digest[:8], "big", signed=True) for digest in digests]
+def _fingerprints(prompt_ids: Tensor, prompt_mask: Tensor, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    """A number per prompt [B], int64, that depends on its tokens and images alone and not on its padding."""
+    numbers = []
+    for ids, kept, row in zip(prompt_ids, prompt_mask.bool(), rows, strict=True):
+        content = repr(ids[kept].tolist())
+        if row.get("images"):
+            content += fingerprint([{"images": row["images"]}])
+        digest = hashlib.sha256(content.encode()).digest()
+        numbers.append(int.from_bytes(digest[:8], "big", signed=True))
     return torch.tensor(numbers, dtype=torch.int64, device=prompt_ids.device)
 
 

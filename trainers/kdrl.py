@@ -6,12 +6,19 @@ The frozen teacher π_T scores what the student wrote, once per rollout batch. �
 gradient is that of the reverse KL(π_θ‖π_T); that a token leads to prefixes where the teacher disagrees is left out.
 Per-answer weights w come from raw rewards of whole groups. There is no KL to the initial policy.
 
+`kd_estimator` replaces ½ R² by another estimate from the sampled token (k3, bias_corrected_k3), or by a divergence
+between the two next-token distributions: `full`, exact over the vocabulary, in any direction (`kd_divergence`), or
+`topk`, over the student's K most probable words. These two come from the last hidden states of the student's one
+forward and of the teacher's, [B, T, width] each, through both output heads at the rollout temperature; logits [B, T, V]
+never exist. An engine that teaches gives no hidden states, but its own K most probable words: with it, `topk` is over
+those.
+
 `kd_form` says where the teacher enters: `loss` as above; `advantage`, Â + β w R with R at π_old, the same gradient
 on-policy, but weighted and clipped with the importance ratio; `reward`, r + β w mean R before rewards are normalised
 (reported to collapse). The correction for a sampling engine acts on the policy term alone, so on `loss` it does not.
 
-Baselines on the same code: `kd_only` (on-policy distillation: Â = 0, β = 1) and `distil_then_rl` (that for S steps,
-then GRPO without a teacher forward).
+Baselines on the same code: `kd_only` (on-policy distillation: Â = 0, β = 1; with `full`, by whole distributions) and
+`distil_then_rl` (that for S steps, then GRPO without a teacher forward).
 
 Metrics, each a mean over completion tokens of all processes, and those of `posttrain.seams.on_policy`:
 
@@ -19,15 +26,17 @@ Metrics, each a mean over completion tokens of all processes, and those of `post
 - `kd/coef`: β of this step; nothing else is logged where it is 0.
 - `kd/mask_fraction`: fraction of completion tokens with w > 0.
 - `kd/advantage_ratio`: β E[w |R|] / E|Â|, R clamped, Â GRPO's own advantage; not logged where all Â are 0.
+- `kd/divergence`: of whole distributions (nats; χ², H²: 1), over tokens with w > 0 alone; only with `full` and `topk`.
 
 Source: KDRL, arXiv 2506.02208; weights, PACED, arXiv 2603.11178.
-Differs: R is clamped (`posttrain.objectives.distillation`); the paper leaves the denominator under a mask open.
+Differs: R is clamped (`posttrain.objectives.distillation`), a divergence is not; the paper leaves the denominator under
+a mask open, and has no estimator but k2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from posttrain.errors import UserError
 from posttrain.objectives.distillation import (
     LOG_RATIO_CLAMP,
     MASKS,
@@ -43,15 +53,20 @@ from posttrain.objectives.distillation import (
     check_estimator,
     distillation_loss,
     distillation_mask,
+    full_vocabulary,
     over_kept,
     paced_weights,
     pass_rates,
     teacher_advantage,
     teacher_reward,
+    topk_of_student,
+    topk_of_teacher,
 )
-from posttrain.objectives.divergences import MAX_LOG_RATIO_CLAMP
+from posttrain.objectives.divergences import MAX_LOG_RATIO_CLAMP, form
+from posttrain.objectives.vocabulary import Head
 from posttrain.rollouts.teacher import Teacher
 from posttrain.seams.on_policy import GRPOConfig, Metrics, OnPolicyTrainer, Tokens
+from posttrain.seams.sharding import requested
 
 FORMS = ("loss", "advantage", "reward")
 """Where the teacher enters."""
@@ -61,6 +76,9 @@ SCHEDULES = ("fixed", "annealed")
 
 FIXED_COEFFICIENT = 2e-3
 """β of the schedule `fixed` (reward per nat²)."""
+
+TOPK = 64
+"""K of the estimator `topk`."""
 
 ANNEALING = {"initial": 5e-3, "decay": 5e-5, "minimum": 1e-3}
 """β of the schedule `annealed`: where it starts, what each optimiser step takes off, where it stops."""
@@ -81,9 +99,24 @@ class KDRLConfig(GRPOConfig):
     kd_estimator: str = field(
         default="k2",
         metadata={
-            "help": "What is minimised in the loss form: k2 or bias_corrected_k3 (gradient of the reverse KL), or k3 "
-            "(of the forward KL)."
+            "help": "What is minimised in the loss form, from the sampled tokens: k2 or bias_corrected_k3 (gradient of "
+            "the reverse KL), or k3 (of the forward KL); from whole distributions: full, or topk."
         },
+    )
+    kd_divergence: str = field(
+        default="reverse_kl",
+        metadata={
+            "help": "D_f(π_θ‖π_T) of full and topk: reverse_kl (KL(π_θ‖π_T)), forward_kl (KL(π_T‖π_θ)), js, or another "
+            "of the table with a token form."
+        },
+    )
+    kd_divergence_alpha: float | None = field(
+        default=None, metadata={"help": "α of kd_divergence = alpha, strictly between 0 and 1."}
+    )
+    kd_topk: int = field(default=TOPK, metadata={"help": "K of topk: words per token."})
+    kd_topk_tail: bool = field(
+        default=True,
+        metadata={"help": "All other words are one more outcome of topk; false renormalises over the K words."},
     )
     kd_schedule: str = field(default="fixed", metadata={"help": "fixed (kd_coef) or annealed (max(β − δ·t, minimum))."})
     kd_coef: float | None = field(
@@ -135,11 +168,6 @@ class KDRLConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         check_estimator(self.kd_estimator)
-        if self.kd_estimator not in SAMPLED_ESTIMATORS:
-            raise ValueError(
-                f"kd_estimator = '{self.kd_estimator}' needs whole next-token distributions, which this trainer does "
-                f"not compute: choose one of {', '.join(SAMPLED_ESTIMATORS)}."
-            )
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known:
@@ -154,6 +182,7 @@ class KDRLConfig(GRPOConfig):
                 f"kd_log_ratio_clamp must be positive and at most {MAX_LOG_RATIO_CLAMP:g}, got "
                 f"{self.kd_log_ratio_clamp}."
             )
+        self._check_distributions()
         self._check_weights()
         self._check_schedule()
         if self.beta != 0.0:
@@ -167,6 +196,31 @@ class KDRLConfig(GRPOConfig):
                 f"'{self.multi_objective_aggregation}' normalises each before: set it to 'sum_then_normalize'."
             )
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+    @property
+    def compares_distributions(self) -> bool:
+        """Whether the estimator needs more than log-probs of the sampled tokens."""
+        return self.kd_estimator not in SAMPLED_ESTIMATORS
+
+    def _check_distributions(self) -> None:
+        form(self.kd_divergence, self.kd_divergence_alpha)
+        neutral: dict[str, Any] = {}
+        if self.compares_distributions:
+            neutral["kd_log_ratio_clamp"] = LOG_RATIO_CLAMP
+        else:
+            neutral["kd_divergence"] = "reverse_kl"
+        if self.kd_estimator != "topk":
+            neutral |= {"kd_topk": TOPK, "kd_topk_tail": True}
+        for name, value in neutral.items():
+            found = getattr(self, name)
+            if found != value:
+                raise ValueError(f"{name} = {found!r} has no effect on kd_estimator = {self.kd_estimator}: remove it.")
+        least = 1 if self.kd_topk_tail else 2
+        if self.kd_topk < least:
+            raise ValueError(
+                f"kd_topk must be at least {least}, got {self.kd_topk}: one word, renormalised, has probability 1 "
+                "under both models."
+            )
 
     def _check_weights(self) -> None:
         paced_weights(torch.ones(1, 1), a=self.kd_paced_a, b=self.kd_paced_b)
@@ -250,11 +304,13 @@ class KDRLTrainer(OnPolicyTrainer):
     Args:
         model, reward_funcs, args, train_dataset, …: as `OnPolicyTrainer`; `args` is a `KDRLConfig`.
         teacher: scores the rollouts; checked against the student before its weights loaded
-            (`posttrain.rollouts.teacher.check_teacher`).
+            (`posttrain.rollouts.teacher.check_teacher`). Or a function that makes it of this trainer, as in
+            `lambda trainer: ModelTeacher(trainer.model, base=True)`.
 
     Raises:
-        ValueError: an option of the config would be ignored, or the model takes images.
-        posttrain.errors.UserError: the teacher does not reach the loss.
+        ValueError: an option of the config would be ignored or is out of range.
+        posttrain.errors.UserError: the teacher does not reach the loss, cannot give what the estimator needs, or reads
+            no images where the prompts hold some.
     """
 
     _name = "KDRL"
@@ -266,21 +322,41 @@ class KDRLTrainer(OnPolicyTrainer):
         args: KDRLConfig | None = None,
         train_dataset: Any = None,
         *,
-        teacher: Teacher,
+        teacher: Teacher | Callable[[Any], Teacher],
         **kwargs: Any,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = KDRLConfig(f"{Path(name).name}-KDRL")
         super().__init__(model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        self._words: int | None = None
+        teacher = self.made(teacher)
+        if args.compares_distributions:
+            self._prepare_distributions(teacher)
         self.take_teacher(teacher, self._probe)
 
     def asks_teacher(self) -> bool:
         """As long as β is not 0."""
         return bool(self.args.coefficient(self.state.global_step) > 0.0)
 
+    def asks_hidden(self) -> bool:
+        """Where β is not 0 and the estimator compares distributions."""
+        return self.args.compares_distributions and self.asks_teacher()
+
+    def from_hidden(
+        self, hidden: Tensor, head: Head, teacher_head: Head | None, inputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """D_f(π_θ‖π_T) of the tokens that are distilled [B, T]; 0 of the others."""
+        kept = inputs["kd_weights"] > 0
+        told = {name: inputs[name][kept] for name in _TOLD if name in inputs}
+        value = self._divergence(hidden[kept], head, teacher_head, told)
+        return {"kd_divergence": value.new_zeros(kept.shape).masked_scatter(kept, value)}
+
     def annotate(self, batch: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """log π_T, where it is known, and the weights w, all [B, T]; in the reward form also the advantages [B]."""
+        """log π_T, where it is known, and the weights w, all [B, T]; in the reward form also the advantages [B].
+
+        What an estimator of distributions needs is with them: the teacher's hidden states [B, T, E], or its words.
+        """
         if not self.asks_teacher():
             return {}
         scores = self.teacher_scores(batch, rows)
@@ -299,6 +375,10 @@ class KDRLTrainer(OnPolicyTrainer):
             distilled = distilled & ~torch.isin(batch["completion_ids"], ends)
         weights = self._answer_weights(rewards, lengths, group)[mine] * distilled
         extra = {"teacher_logps": scores.logps, "teacher_mask": scores.mask, "kd_weights": weights}
+        if scores.hidden is not None:
+            extra["teacher_hidden"] = scores.hidden
+        elif self.args.compares_distributions:
+            extra |= {"teacher_top_ids": scores.top_ids, "teacher_top_logps": scores.top_logps}
         if self.args.kd_form == "reward":
             shaping = self.accelerator.gather(self._shaping(self._old_logps(batch), scores.logps, weights))
             extra["kd_advantages"] = normalised(rewards + shaping, group, self.scale_rewards)[mine]
@@ -321,9 +401,13 @@ class KDRLTrainer(OnPolicyTrainer):
             own = tokens.extra["kd_advantages"].unsqueeze(1)
         per_token, metrics = self.policy_gradient(replace(tokens, advantages=own))
         if self.args.kd_form == "loss":
-            kd = distillation_loss(
-                self.args.kd_estimator, tokens.logps, tokens.old_logps, teacher_logps, log_ratio_clamp=bound
-            )
+            if self.args.compares_distributions:
+                kd = tokens.extra["kd_divergence"]
+                metrics[_DIVERGENCE] = kd.detach()
+            else:
+                kd = distillation_loss(
+                    self.args.kd_estimator, tokens.logps, tokens.old_logps, teacher_logps, log_ratio_clamp=bound
+                )
             per_token = per_token + coefficient * weights * kd
         gap = torch.where(tokens.extra["teacher_mask"], teacher_logps - tokens.logps.detach(), 0.0)
         metrics |= {
@@ -337,6 +421,70 @@ class KDRLTrainer(OnPolicyTrainer):
         return per_token, metrics
 
     # ------------------------------------------------------------------ parts of the above
+
+    def _prepare_distributions(self, teacher: Teacher) -> None:
+        """What the teacher is asked for, and over which words; refuses what cannot be compared."""
+        if requested(self.args) == "fsdp1":
+            raise ValueError(
+                f"kd_estimator = {self.args.kd_estimator} needs whole output heads, which FSDP 1 keeps in parts: "
+                "launch with ddp, fsdp2 or DeepSpeed."
+            )
+        if teacher.head is None:
+            self._prepare_words(teacher)
+            return
+        if teacher.head.layer.weight.is_meta:
+            raise UserError(
+                "The teacher's output head is offloaded, and whole distributions need it in every step: keep it on a "
+                "device (device_map)."
+            )
+        learned = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        if id(teacher.head.layer.weight) in learned and self._updates > 1:
+            raise ValueError(
+                f"The teacher's output head is the student's own and is trained, and each rollout batch serves "
+                f"{self._updates} updates, so it would not be the head that scored: set num_iterations = 1 and "
+                "steps_per_generation = gradient_accumulation_steps."
+            )
+        self.teacher_options = {"hidden": True}
+        own, other = (_rows(layer) for layer in (self._student().get_output_embeddings(), teacher.head.layer))
+        if own != other:
+            self._words = max(self._tokenizer.get_vocab().values()) + 1
+        size = self._words or own
+        if self.args.kd_estimator == "topk" and self.args.kd_topk > size:
+            raise ValueError(f"kd_topk = {self.args.kd_topk} exceeds the {size} words of the vocabulary: lower it.")
+
+    def _prepare_words(self, teacher: Teacher) -> None:
+        given = f"{type(teacher).__name__} gives no hidden states, only log-probs of its own most probable words"
+        if self.args.kd_estimator == "full":
+            raise UserError(f"{given}: take kd_estimator = topk, or a teacher in this process.")
+        if not self.args.kd_topk_tail:
+            raise UserError(
+                f"{given}, over which a renormalised divergence has no use: leave kd_topk_tail at true, or take a "
+                "teacher in this process."
+            )
+        self.teacher_options = {"top_k": self.args.kd_topk}
+
+    @property
+    def _updates(self) -> int:
+        """Optimiser steps per rollout batch."""
+        return int(self.num_iterations * self.args.steps_per_generation // self.args.gradient_accumulation_steps)
+
+    def _student(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def _divergence(self, hidden: Tensor, head: Head, teacher_head: Head | None, told: Mapping[str, Tensor]) -> Tensor:
+        """D_f(π_θ‖π_T) [N] of N tokens, from the student's hidden states [N, D] and what the teacher told of them."""
+        measure: dict[str, Any] = {
+            "divergence": self.args.kd_divergence,
+            "alpha": self.args.kd_divergence_alpha,
+            "temperature": self.temperature,
+        }
+        if teacher_head is None:
+            return topk_of_teacher(hidden, head, told["teacher_top_ids"], told["teacher_top_logps"], **measure)
+        both = (hidden, head, told["teacher_hidden"], teacher_head)
+        if self.args.kd_estimator == "full":
+            return full_vocabulary(*both, words=self._words, **measure)
+        k, tail = self.args.kd_topk, self.args.kd_topk_tail
+        return topk_of_student(*both, k, tail=tail, words=self._words, **measure)
 
     def _answer_weights(self, rewards: Tensor, lengths: Tensor, group: int) -> Tensor:
         """w [N, 1] of all answers, from their raw rewards [N] and lengths [N, 1]."""
@@ -362,6 +510,8 @@ class KDRLTrainer(OnPolicyTrainer):
         logps = torch.linspace(-1.0, -2.0, teacher_logps.numel()).view_as(teacher_logps)
         weights = torch.ones_like(logps)
         extra = {"teacher_logps": teacher_logps, "teacher_mask": weights > 0, "kd_weights": weights}
+        if self.args.compares_distributions:
+            extra |= self._probe_distributions(teacher_logps, weights)
         if self.args.kd_form == "reward":
             rewards = torch.zeros(4) + self._shaping(logps, teacher_logps, weights)
             extra["kd_advantages"] = normalised(rewards, 4, self.scale_rewards)
@@ -369,9 +519,25 @@ class KDRLTrainer(OnPolicyTrainer):
         per_token, _ = self.objective(tokens)
         return (per_token * torch.arange(1.0, 13.0).view_as(per_token)).sum()
 
+    def _probe_distributions(self, teacher_logps: Tensor, weights: Tensor) -> dict[str, Tensor]:
+        """The divergence of the group: the log-probs are the teacher's hidden states, of width 1, or make its words."""
+        words = max(self.args.kd_topk, self._words or 0) + 1
+        rows = torch.linspace(-1.0, 1.0, words)[:, None]
+        student, teacher = torch.zeros(4, 3, 1), teacher_logps[..., None]
+        inputs = {"kd_weights": weights}
+        if self.teacher_options.get("hidden"):
+            return self.from_hidden(student, Head(rows), Head(rows), {**inputs, "teacher_hidden": teacher})
+        top_logps = (teacher * rows[: self.args.kd_topk, 0]).log_softmax(dim=-1) - 1.0
+        top_ids = torch.arange(self.args.kd_topk).expand(4, 3, -1)
+        inputs |= {"teacher_top_ids": top_ids, "teacher_top_logps": top_logps}
+        return self.from_hidden(student, Head(rows), None, inputs)
+
     def _measure(self, measured: Sequence[tuple[str, Tensor, Tensor]], mode: str) -> None:
         super()._measure(measured, mode)
         metrics = self._metrics[mode]
+        divergence = metrics.pop(_DIVERGENCE, [])
+        if divergence and metrics["kd/mask_fraction"][-1] > 0.0:
+            metrics["kd/divergence"].append(divergence[-1] / metrics["kd/mask_fraction"][-1])
         advantage = metrics.pop(_ADVANTAGE, [])
         if not advantage:
             return
@@ -384,6 +550,17 @@ class KDRLTrainer(OnPolicyTrainer):
 
 _ADVANTAGE = "kd/advantage_abs"
 """Between `objective` and `_measure`: the denominator of a metric."""
+
+_DIVERGENCE = "kd/divergence_sum"
+"""Likewise: the numerator of a metric, over all completion tokens."""
+
+_TOLD = ("teacher_hidden", "teacher_top_ids", "teacher_top_logps")
+"""What `annotate` keeps of the teacher for an estimator of distributions."""
+
+
+def _rows(layer: Any) -> int:
+    """Words of an output head, also where ZeRO-3 has split its weights."""
+    return int(getattr(layer.weight, "ds_shape", layer.weight.shape)[0])
 
 
 def normalised(rewards: Tensor, group: int, scale: str) -> Tensor:

@@ -27,7 +27,7 @@ Differs: nothing in the default; `arithmetic` and `straight_through` are not in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,12 @@ class RLADTrainer(OnPolicyTrainer):
     Args:
         model, reward_funcs, args, train_dataset, …: as `OnPolicyTrainer`; `args` is an `RLADConfig`.
         teacher: scores the rollouts; checked against the student before its weights loaded
-            (`posttrain.rollouts.teacher.check_teacher`).
+            (`posttrain.rollouts.teacher.check_teacher`). Or a function that makes it of this trainer, as in
+            `lambda trainer: ModelTeacher(trainer.model, base=True)`.
 
     Raises:
-        ValueError: an option of the config would be ignored, or the model takes images.
-        posttrain.errors.UserError: the teacher does not reach the loss.
+        ValueError: an option of the config would be ignored.
+        posttrain.errors.UserError: the teacher does not reach the loss, or reads no images where the prompts hold some.
     """
 
     _name = "RLAD"
@@ -106,14 +107,14 @@ class RLADTrainer(OnPolicyTrainer):
         args: RLADConfig | None = None,
         train_dataset: Any = None,
         *,
-        teacher: Teacher,
+        teacher: Teacher | Callable[[Any], Teacher],
         **kwargs: Any,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = RLADConfig(f"{Path(name).name}-RLAD")
         super().__init__(model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
-        self.take_teacher(teacher, self._probe)
+        self.take_teacher(self.made(teacher), self._probe)
 
     def annotate(self, batch: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """log π_T [B, T], and where the teacher has scored."""

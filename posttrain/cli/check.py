@@ -20,9 +20,12 @@ def command(recipe: RecipeArgument, assignments: SetOption = None) -> None:
     library, which takes seconds to import. Data and models are not loaded.
     """
     loaded = read(recipe, assignments)
+    from posttrain.launch import teaching
     from posttrain.launch.resolve import every_run, resolve
 
-    resolved = [resolve(each) for each in every_run(loaded).values()][-1]
+    runs = {label: resolve(each) for label, each in every_run(loaded).items()}
+    teaching.check(loaded, runs)
+    resolved = [*runs.values()][-1]
     if loaded.model.path is None:
         from posttrain.launch.engines import require_engine
 
@@ -30,14 +33,15 @@ def command(recipe: RecipeArgument, assignments: SetOption = None) -> None:
     print_yaml(loaded.to_yaml())
     if loaded.sweep:
         typer.echo(f"# a sweep of {len(loaded.cells)} runs: {', '.join(loaded.cells)}")
-    typer.echo(f"# {resolved.method_class_name}: {batch_identity(resolved.batch, pairs=resolved.takes_pairs)}")
+    counted = batch_identity(resolved.batch, pairs=resolved.takes_pairs, answers=bool(resolved.takes_answers))
+    typer.echo(f"# {resolved.method_class_name}: {counted}")
 
 
-def batch_identity(batch: BatchIdentity, *, pairs: bool) -> str:
-    """One optimiser step, counted in sequences from both sides, or in preference pairs."""
+def batch_identity(batch: BatchIdentity, *, pairs: bool, answers: bool = False) -> str:
+    """One optimiser step, counted in sequences from both sides, or in preference pairs, or in answers to learn."""
     processes = f"world {batch.world} × per-device {batch.per_device} × accumulation {batch.accumulation}"
-    if pairs:
-        return f"{processes} = {batch.prompts} pairs"
+    if pairs or answers:
+        return f"{processes} = {batch.prompts} {'pairs' if pairs else 'answers'}"
     return (
         f"{processes} = {batch.prompts} prompts × {batch.generations} generations = {batch.prompts * batch.generations}"
     )

@@ -116,6 +116,8 @@ def read(reference: str, assignments: Sequence[str] | None) -> Recipe:
         registry.entry("method", method)
     configuration(recipe)
     verifier = tasks.load(recipe.task.name, recipe.task.options).verifier
+    for other in recipe.other_tasks:
+        tasks.load(other.name, other.options)
     for reward in recipe.rewards:
         if reward.name is not None and (reward.options or verifier is None or reward.name != verifier[0]):
             rewards.load(reward.name, reward.options)

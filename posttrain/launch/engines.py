@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from posttrain import tasks
 from posttrain.errors import UserError
 from posttrain.launch.workers import Workers
 from posttrain.recipe import Recipe
 from posttrain.rollouts.fingerprint import files_fingerprint
-from posttrain.rollouts.tokens import encode
+from posttrain.rollouts.tokens import load_processing_class, model_class, prompt_lengths
 from posttrain.rollouts.vllm_common import (
     check_head_size,
     check_model,
@@ -43,6 +43,31 @@ def require_engine(recipe: Recipe) -> None:
         check_head_size(model.warm_start.hidden_size // model.warm_start.heads, "the model that is made here")
 
 
+def require_images(recipe: Recipe, task: tasks.BaseTask) -> None:
+    """Refuse what cannot read a task's images; before anything is made. What is made here is refused by the warm start.
+
+    Raises:
+        UserError: the engine, the model or the teacher reads text alone.
+    """
+    if not task.images:
+        return
+    engine = recipe.rollout.engine
+    if engine != "transformers":
+        raise UserError(
+            f"The prompts of the task '{task.name}' hold images, which the engine {engine} is not given here: set "
+            "rollout.engine: transformers."
+        )
+    for section, named in (("model", recipe.model), ("teacher", recipe.teacher)):
+        if named is None or named.path is None:
+            continue
+        if model_class(named.path, revision=named.revision) is AutoModelForCausalLM:
+            raise UserError(
+                f"The prompts of the task '{task.name}' hold images, and the {section} '{named.path}' reads none: name "
+                f"a vision-language model ({section}.path)."
+            )
+        load_processing_class(named.path, revision=named.revision)
+
+
 class Engines:
     """Lends the engine that a recipe names, with the weights that are asked for.
 
@@ -55,12 +80,21 @@ class Engines:
         rows: all prompts; the longest decides how long vLLM's sequences may be.
         workers: the processes of the launch; all make the same calls in the same order.
         log: where a server that is started here writes what it has to say.
+        further: prompts of further tasks, each with the tokens of its longest answer.
     """
 
     def __init__(
-        self, recipe: Recipe, initial: str, rows: Sequence[tasks.Row], workers: Workers, log: Path | None = None
+        self,
+        recipe: Recipe,
+        initial: str,
+        rows: Sequence[tasks.Row],
+        workers: Workers,
+        log: Path | None = None,
+        *,
+        further: Sequence[tuple[Sequence[tasks.Row], int]] = (),
     ) -> None:
-        self.recipe, self.initial, self.rows, self.workers, self.log = recipe, initial, rows, workers, log
+        self.recipe, self.initial, self.workers, self.log = recipe, initial, workers, log
+        self.asked = [(rows, recipe.rollout.max_tokens), *further]
         self._engine: Any = None
         self._server: Any = None
         self._holds: str | None = None
@@ -115,7 +149,13 @@ class Engines:
             dtype=self.recipe.model.dtype,
             revision=_revision(self.recipe, path),
             batch_size=self.recipe.rollout.answers_per_part,
+            images=self._images,
         )
+
+    @cached_property
+    def _images(self) -> bool:
+        """Whether any prompt holds images."""
+        return any(row.get("images") for rows, _ in self.asked for row in rows)
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -127,8 +167,11 @@ class Engines:
     @cached_property
     def needed_length(self) -> int:
         """Longest prompt and answer together, and the one position that scoring needs (tokens)."""
-        longest = max(len(encode(self._tokenizer, row["prompt"])) for row in self.rows)
-        return longest + self.recipe.rollout.max_tokens + 1
+        revision = _revision(self.recipe, self.initial)
+        reader = load_processing_class(self.initial, revision=revision) if self._images else self._tokenizer
+        return 1 + max(
+            max(prompt_lengths(reader, map(tasks.shown, rows))) + max_tokens for rows, max_tokens in self.asked
+        )
 
     def _start(self) -> None:
         if self._engine is not None:

@@ -2,7 +2,8 @@
 
     <output>/recipe.yaml        the resolved recipe            <output>/provenance.json   versions, git, seeds, command
     <output>/store/             pre-sampled answers            <output>/<label>/evaluation/
-    <output>/pairs/             preference pairs made of them
+    <output>/pairs/             preference pairs made of them  <output>/teacher/store/     the teacher's answers
+    <output>/<label>/evaluation/further/<name>/     on further tasks
     <output>/<label>/model/     the trained policy             <output>/<label>/history.json   what training logged
     <output>/comparison.json    the numbers                    <output>/report.html
 
@@ -16,8 +17,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from rich.console import Console
 from posttrain import atomic, rewards, tasks
 from posttrain import recipe as recipes
 from posttrain.errors import UserError
-from posttrain.evaluation import divergence
+from posttrain.evaluation import divergence, further
+from posttrain.evaluation.further import FurtherTask
 from posttrain.launch import teaching
-from posttrain.launch.engines import Engines, require_engine
+from posttrain.launch.engines import Engines, require_engine, require_images
 from posttrain.launch.measuring import Measuring
 from posttrain.launch.provenance import provenance
 from posttrain.launch.resolve import Resolved, every_run, require_readable, resolve, trainer_config
@@ -54,6 +56,8 @@ class Job:
     """Every method to train, by label; baselines first, the main one last."""
     teacher: Resolved | None
     """How the teacher is trained, where the recipe makes and trains one."""
+    further: dict[str, FurtherTask]
+    """Other tasks that every policy is evaluated on, by name."""
 
     @property
     def makes_pairs(self) -> bool:
@@ -63,7 +67,13 @@ class Job:
     @property
     def presamples(self) -> bool:
         """Whether a store of pre-sampled answers is needed."""
-        return self.makes_pairs or any(resolved.takes_store for resolved in self.runs.values())
+        own = (resolved.takes_store or resolved.takes_answers == "policy" for resolved in self.runs.values())
+        return self.makes_pairs or any(own)
+
+    @property
+    def presamples_teacher(self) -> bool:
+        """Whether a store of the teacher's answers is needed."""
+        return any(resolved.takes_answers == TEACHER for resolved in self.runs.values())
 
     def require_verifier(self) -> rewards.Verifier:
         """The verifier, where one is needed.
@@ -77,7 +87,8 @@ class Job:
 
     def engines(self, model: str, workers: Workers, log: Path) -> Engines:
         """The engines for a policy and those that are trained from it."""
-        return Engines(self.recipe, model, [*self.train_rows, *self.eval_rows], workers, log)
+        others = [(asked.rows, asked.max_tokens) for asked in self.further.values()]
+        return Engines(self.recipe, model, [*self.train_rows, *self.eval_rows], workers, log, further=others)
 
 
 def prepare(recipe: Recipe) -> Job:
@@ -89,7 +100,6 @@ def prepare(recipe: Recipe) -> Job:
     runs = {label: resolve(other) for label, other in every_run(recipe).items()}
     teacher = teaching.resolve_teacher(recipe, runs)
     require_readable(recipe.model)
-    require_engine(recipe)
     task = tasks.load(recipe.task.name, recipe.task.options)
     verifier = rewards.load(*task.verifier) if task.verifier is not None else None
     train_rows, eval_rows = task.rows("train"), task.rows("eval")
@@ -101,16 +111,92 @@ def prepare(recipe: Recipe) -> Job:
     eval_rows = tasks.choose(eval_rows, recipe.evaluation.prompts, seed=recipe.evaluation.seed)
     if verifier is not None:
         _require_columns(verifier, train_rows[0], task.name)
-    if not all(resolved.takes_pairs for resolved in runs.values()):
-        for reward in reward_functions(recipe, task):
+    if not all(resolved.takes_pairs or resolved.takes_answers for resolved in runs.values()):
+        functions = reward_functions(recipe, task)
+        for reward in functions:
             if isinstance(reward, rewards.RewardFunction):
                 _require_columns(reward.verifier, train_rows[0], task.name)
-    job = Job(recipe, task, verifier, train_rows, eval_rows, runs, teacher)
-    if job.presamples or (recipe.evaluation.calibration is not None and not task.pairs):
+        for resolved in runs.values():
+            if hasattr(resolved.trainer_class, "require_rewards"):
+                resolved.trainer_class.require_rewards(resolved.probe, functions)
+    teaching.require_rows(recipe, train_rows, task)
+    others = further.prepare(recipe)
+    for asked in (task, *(other.task for other in others.values())):
+        require_images(recipe, asked)
+    require_engine(recipe)
+    _require_text(recipe, task, runs)
+    learned = _require_learnable(recipe, task, others)
+    further.require_unseen(others, {"task": train_rows, **learned})
+    job = Job(recipe, task, verifier, train_rows, eval_rows, runs, teacher, others)
+    if job.presamples or job.presamples_teacher or (recipe.evaluation.calibration is not None and not task.pairs):
         job.require_verifier()
+    _require_answers(job)
     if recipe.evaluation.divergence is not None:
         divergence.check(recipe.evaluation.divergence)
     return job
+
+
+def _require_text(recipe: Recipe, task: tasks.BaseTask, runs: Mapping[str, Resolved]) -> None:
+    """Refuse what learns from, or measures on, tokens alone where prompts hold images.
+
+    Raises:
+        UserError: a method or a measure that the recipe asks for does.
+    """
+    if not task.images:
+        return
+    pupil = next((label for label, resolved in runs.items() if resolved.takes_pairs), None)
+    if pupil is not None:
+        raise UserError(
+            f"The run '{pupil}' learns from pairs of tokens alone, and prompts of the task '{task.name}' hold images: "
+            "take another method."
+        )
+    for measure in ("divergence", "calibration"):
+        if getattr(recipe.evaluation, measure) is not None:
+            raise UserError(
+                f"evaluation.{measure} reads tokens alone, and prompts of the task '{task.name}' hold images: leave it "
+                "out."
+            )
+
+
+def _require_learnable(
+    recipe: Recipe, task: tasks.BaseTask, others: dict[str, FurtherTask]
+) -> dict[str, list[tasks.Row]]:
+    """The rows of the tasks that warm starts learn beside the run's own, by the key that names them.
+
+    Raises:
+        UserError: a warm start cannot learn them, or its model could not read a further task.
+    """
+    learned = {}
+    starts = {"model": recipe.model.warm_start, "teacher": recipe.teacher.warm_start if recipe.teacher else None}
+    for section, settings in starts.items():
+        if settings is None:
+            continue
+        from posttrain.launch.warm_start import alphabet_of, demonstrated
+
+        several = demonstrated(settings, task)
+        further.require_readable(others, alphabet_of(several), task)
+        learned[f"{section}.warm_start.also"] = [row for other in several[1:] for row in other.rows("train")]
+    return learned
+
+
+def _require_answers(job: Job) -> None:
+    """Refuse answers that cannot be drawn, or that no run could be fine-tuned on.
+
+    Raises:
+        UserError: the prompts hold images, or a vLLM engine would have to serve policy and teacher.
+    """
+    label = next((label for label, resolved in job.runs.items() if resolved.takes_answers), None)
+    if label is not None and job.task.images:
+        raise UserError(
+            f"The run '{label}' is fine-tuned on tokens alone, and prompts of the task '{job.task.name}' hold images: "
+            "take another method."
+        )
+    served = job.recipe.teacher is not None and job.recipe.teacher.server is not None
+    if job.presamples_teacher and job.recipe.rollout.engine != "transformers" and not served:
+        raise UserError(
+            f"answers_of = teacher draws answers of the teacher, and {job.recipe.rollout.engine} serves the policy: "
+            "give the teacher a server (teacher.server), or set rollout.engine=transformers."
+        )
 
 
 def _require_columns(verifier: rewards.Verifier, row: tasks.Row, task: str) -> None:
@@ -143,7 +229,9 @@ def reward_functions(recipe: Recipe, task: tasks.BaseTask) -> list[Callable[...,
             options = reward.options
             if not options and task.verifier is not None and reward.name == task.verifier[0]:
                 options = task.verifier[1]
-            found.append(rewards.RewardFunction(rewards.load(reward.name, options)))
+            verifier = rewards.load(reward.name, options)
+            failures = rewards.MAX_FAILURES if reward.max_failures is None else reward.max_failures
+            found.append(rewards.RewardFunction(verifier, max_failures=failures))
     return found
 
 
@@ -197,15 +285,18 @@ def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None
         _claim(output_dir, recipe, resume)
         atomic.write_json(output_dir / "provenance.json", provenance(recipe, command, workers.world))
     say = Console(stderr=True, quiet=not workers.first, highlight=False)
-    stages = _Stages(say, 3 + 2 * len(job.runs) + job.presamples + job.makes_pairs + (recipe.teacher is not None))
+    further_stages = (job.presamples, job.makes_pairs, recipe.teacher is not None, job.presamples_teacher)
+    stages = _Stages(say, 3 + 2 * len(job.runs) + sum(further_stages))
 
     stages.begin("initial policy")
     model = initial_policy(job, workers)
     say.print(f"  {model}", soft_wrap=True)
     engines = job.engines(model, workers, log=output_dir / "server.log")
+    teachers = teaching.Teachers(job, engines, workers, output_dir)
     try:
-        _train_and_measure(job, model, engines, stages, say, output_dir, workers)
+        _train_and_measure(job, model, engines, teachers, stages, say, output_dir, workers)
     finally:
+        teachers.close()
         engines.close()
     stages.begin("report")
     if workers.first:
@@ -214,14 +305,18 @@ def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None
 
 
 def _train_and_measure(
-    job: Job, model: str, engines: Engines, stages: _Stages, say: Console, output_dir: Path, workers: Workers
+    job: Job,
+    model: str,
+    engines: Engines,
+    teachers: teaching.Teachers,
+    stages: _Stages,
+    say: Console,
+    output_dir: Path,
+    workers: Workers,
 ) -> None:
     """Everything between the initial policy and the report."""
     measuring = Measuring(job, model, engines, output_dir / BASE / "evaluation", workers)
-    teacher = None
-    if job.recipe.teacher is not None and job.recipe.teacher.path is not None:
-        teacher = job.recipe.teacher.path
-        teaching.require_fit(job.recipe, job.runs, teacher, model, engines.needed_length)  # before anything slow
+    teachers.require_fit()  # before anything slow
     stages.begin(f"evaluate {BASE}")
     measuring.measure(BASE, model, output_dir / BASE / "evaluation")
     store, pairs = None, None
@@ -245,11 +340,18 @@ def _train_and_measure(
         pairs = build_pairs(job, model, store, output_dir / "pairs", workers)
     if job.recipe.teacher is not None:
         stages.begin(TEACHER)
-        if teacher is None:
-            teacher = _make_teacher(job, job.recipe.teacher, engines, output_dir / TEACHER, workers)
-            teaching.require_fit(job.recipe, job.runs, teacher, model, engines.needed_length)
-        measuring.measure(TEACHER, teacher, output_dir / TEACHER / "evaluation")
-    data = Data(store, pairs, teacher)
+        if job.recipe.teacher.warm_start is not None:
+            made = _make_teacher(job, job.recipe.teacher, engines, output_dir / TEACHER, workers)
+            teachers.take(TEACHER, made)
+        teachers.measure(measuring, say)
+    taught = None
+    if job.presamples_teacher:
+        stages.begin(f"presample {TEACHER}")
+        taught = presample_teacher(job, teachers, output_dir / TEACHER, workers)
+    answers = choose_answers(job, model, {"policy": store, TEACHER: taught})
+    for label, chosen in answers.items():
+        say.print(f"  {label}: {chosen}", soft_wrap=True)
+    data = Data(store, pairs, teachers, answers)
     for label, resolved in job.runs.items():
         stages.begin(f"train {label}")
         trained = train(job, resolved, model, engines, data, output_dir / label, workers)
@@ -299,7 +401,7 @@ def run_evaluate(recipe: Recipe, model: str | None, output_dir: Path) -> None:
     """
     from posttrain.evaluation import evaluate, measures
     from posttrain.evaluation.compare import compare
-    from posttrain.evaluation.summary import table
+    from posttrain.evaluation.summary import further_tables, table
 
     workers = Workers()
     job = _begin(recipe)
@@ -318,7 +420,15 @@ def run_evaluate(recipe: Recipe, model: str | None, output_dir: Path) -> None:
     if workers.first:
         result = evaluate.load(output_dir)
         console = Console(highlight=False)
-        console.print(table(compare({label: result}, base=label, measures={label: measures.load(output_dir)})))
+        comparison = compare(
+            {label: result},
+            base=label,
+            measures={label: measures.load(output_dir)},
+            further={label: further.load(output_dir, list(job.further))},
+        )
+        for shown in (table(comparison), *further_tables(comparison)):
+            console.print(shown)
+            console.print()
         console.print(f"evaluation: {output_dir}", soft_wrap=True)
 
 
@@ -385,8 +495,9 @@ class Data:
     """A `posttrain.rollouts.store.Store`."""
     pairs: Any = None
     """A `posttrain.rollouts.pairs.PairSet`."""
-    teacher: str | None = None
-    """Path or hub name of the teacher."""
+    teachers: teaching.Teachers | None = None
+    answers: Mapping[str, Any] = field(default_factory=dict)
+    """Verified answers by the label of the run that learns them (`posttrain.rollouts.answers.AnswerSet`)."""
 
 
 def train(
@@ -415,9 +526,12 @@ def train(
         args=trainer_config(resolved, folder / "checkpoints"),
         callbacks=[RequireSharding(_asked(resolved.recipe)), stop, CompleteCheckpoints()],
     )
-    of_pairs = ("loss", "rewards/accuracies", "rewards/margins", "entropy")
-    of_rollouts = ("reward", "entropy", "completions/mean_length", "kl", "pef/divergence")
-    quiet(trainer, f"train {folder.name}", show=of_pairs if resolved.takes_pairs else of_rollouts)
+    shown: tuple[str, ...] = ("reward", "entropy", "completions/mean_length", "kl", "pef/divergence")
+    if resolved.takes_pairs:
+        shown = ("loss", "rewards/accuracies", "rewards/margins", "entropy")
+    elif resolved.takes_answers:
+        shown = ("loss", "mean_token_accuracy", "entropy")
+    quiet(trainer, f"train {folder.name}", show=shown)
     checkpoint = CompleteCheckpoints.latest(folder / "checkpoints")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -438,25 +552,47 @@ def train(
 def _trainer(job: Job, resolved: Resolved, engines: Engines, data: Data, **options: Any) -> Any:
     """The trainer of one method, with what it learns from."""
     from datasets import Dataset
+    from datasets.table import InMemoryTable
 
     recipe = resolved.recipe
+    if job.task.images and "ddp_find_unused_parameters" not in recipe.method.args:
+        options["args"].ddp_find_unused_parameters = None  # vision towers have some, which TRL then looks for
     if recipe.model.lora is not None:
         options["peft_config"] = _lora(recipe.model.lora)
     if resolved.takes_pairs:
-        pairs = Dataset.from_list(job.train_rows) if job.task.pairs else _token_ids(data.pairs.file)
+        pairs = _dataset(job.train_rows) if job.task.pairs else _token_ids(data.pairs.file)
         return resolved.trainer_class(train_dataset=pairs, **options)
+    if resolved.takes_answers:
+        learned = Dataset(InMemoryTable(data.answers[recipe.method.label].table))
+        return resolved.trainer_class(train_dataset=learned, **options)
     if resolved.takes_store:
         options["store"] = data.store
-    if resolved.takes_teacher:
-        options["teacher"] = teaching.load_teacher(recipe, data.teacher)
+    if resolved.takes_teacher and data.teachers is not None:
+        options["teacher"] = data.teachers.lend()
     return resolved.trainer_class(
         reward_funcs=reward_functions(recipe, job.task),
-        train_dataset=Dataset.from_list(job.train_rows),
+        train_dataset=_dataset(job.train_rows),
         rollouts=engines.for_training(),
         sampler_gap_limit=recipe.rollout.sampler_gap_limit,
         lora_sync=recipe.rollout.lora_sync,
         **options,
     )
+
+
+def _dataset(rows: Sequence[tasks.Row]) -> Any:
+    """Task rows as trainers take them: images as compressed pixels, decoded whenever a row is read."""
+    from datasets import Dataset, Image, List
+
+    if not any(row.get("images") for row in rows):
+        return Dataset.from_list(list(rows))
+
+    def stored(image: Any) -> dict[str, Any]:
+        # A copy has no file behind it, so its pixels are kept: not compressed with a loss again, nor turned by EXIF.
+        encoded: dict[str, Any] = Image().encode_example(image.copy())
+        return encoded
+
+    kept = [{**row, "images": [stored(image) for image in row.get("images") or ()]} for row in rows]
+    return Dataset.from_list(kept).cast_column("images", List(Image()))
 
 
 def _make_teacher(job: Job, teacher: Teacher, engines: Engines, folder: Path, workers: Workers) -> str:
@@ -466,6 +602,52 @@ def _make_teacher(job: Job, teacher: Teacher, engines: Engines, folder: Path, wo
     if job.teacher is None:
         return initial
     return str(train(own, job.teacher, initial, engines, Data(), folder, workers))
+
+
+def presample_teacher(job: Job, teachers: teaching.Teachers, folder: Path, workers: Workers) -> Any:
+    """The store of the teacher's answers (`posttrain.rollouts.store.Store`), in its folder; no fresh ones are drawn.
+
+    The teacher has an engine of its own, because neither its shape nor its dtype need be the policy's.
+    """
+    drawn = job.recipe.presample
+    # More than can be correct: no prompt is near-perfect, so nothing is drawn again that nobody would read.
+    drawn = drawn.model_copy(update={"pef_threshold": drawn.samples_per_prompt + 1})
+    own = replace(job, recipe=job.recipe.model_copy(update={"presample": drawn}))
+    return presample_policy(own, teachers.paths[TEACHER], teachers.engines(TEACHER), folder / "store", workers)
+
+
+def choose_answers(job: Job, model: str, stores: Mapping[str, Any]) -> dict[str, Any]:
+    """The verified answers of every run that is fine-tuned on some, by label.
+
+    Args:
+        model: path or hub name of the policy, whose tokenizer renders the prompts.
+        stores: by whose answers they hold, teacher or policy.
+
+    Raises:
+        UserError: a store holds none for a run.
+    """
+    from transformers import AutoTokenizer
+
+    from posttrain.rollouts import answers
+
+    learners = {label: resolved for label, resolved in job.runs.items() if resolved.takes_answers}
+    if not learners:
+        return {}
+    tokenizer = AutoTokenizer.from_pretrained(
+        model, revision=job.recipe.model.revision if model == job.recipe.model.path else None
+    )
+    return {
+        label: answers.from_store(
+            stores[str(resolved.takes_answers)],
+            job.train_rows,
+            tokenizer,
+            keep_repeated=resolved.probe.repeated == "keep",
+            per_prompt=resolved.probe.per_prompt,
+            max_length=resolved.probe.max_length,
+            seed=resolved.recipe.seed,
+        )
+        for label, resolved in learners.items()
+    }
 
 
 def _token_ids(file: Path) -> Any:
@@ -520,13 +702,14 @@ def report(job: Job, output_dir: Path, command: str) -> None:
     from posttrain.evaluation.report import write_report
     from posttrain.evaluation.sweep import orderings
 
-    teacher = [TEACHER] if job.recipe.teacher is not None else []
-    folders = {label: output_dir / label / "evaluation" for label in (BASE, *teacher, *job.runs)}
+    measured = [label for label in job.recipe.teachers if (output_dir / label / "evaluation/evaluation.json").is_file()]
+    folders = {label: output_dir / label / "evaluation" for label in (BASE, *measured, *job.runs)}
     comparison = compare(
         {label: evaluate.load(folder) for label, folder in folders.items()},
         base=BASE,
         measures={label: measures.load(folder) for label, folder in folders.items()},
         settings=job.recipe.cells,
+        further={label: further.load(folder, list(job.further)) for label, folder in folders.items()},
     )
     histories = {
         label: json.loads((output_dir / label / "history.json").read_text(encoding="utf-8")) for label in job.runs
@@ -539,19 +722,27 @@ def report(job: Job, output_dir: Path, command: str) -> None:
         recipe_yaml=job.recipe.to_yaml(),
         provenance=json.loads((output_dir / "provenance.json").read_text(encoding="utf-8")),
         histories=histories,
+        curves=_curves(job.runs),
         command=command,
     )
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 100)  # what a table of many runs needs; a file has no edge
-    console.print()
-    console.print(summary.table(comparison))
+    for shown in (summary.table(comparison), *summary.further_tables(comparison)):
+        console.print()
+        console.print(shown)
     for sentence in summary.verdict(comparison):
         console.print(f"- {sentence}", markup=False, soft_wrap=True)
     for one in orderings(comparison):
         where = f" at {wording.in_words(one.at)}" if one.at else ""
         console.print(f"- {wording.name_of(one.metric)}{where}: {one.words}", markup=False, soft_wrap=True)
     console.print(f"report: {output_dir / 'report.html'}", soft_wrap=True)
+
+
+def _curves(runs: Mapping[str, Resolved]) -> dict[str, str]:
+    """The logged metrics that trainers want drawn beside those of all methods, with their titles (`curves`)."""
+    named = [getattr(resolved.trainer_class, "curves", {}) for resolved in runs.values()]
+    return {metric: title for curves in named for metric, title in curves.items()}
 
 
 class _Stages:

@@ -100,12 +100,18 @@ class Resolved:
     @property
     def takes_teacher(self) -> bool:
         """Whether the trainer learns from a teacher."""
-        return "teacher" in inspect.signature(self.trainer_class.__init__).parameters
+        asks = "teacher" in inspect.signature(self.trainer_class.__init__).parameters
+        return asks or self.takes_answers == "teacher"
 
     @property
     def takes_pairs(self) -> bool:
         """Whether the trainer learns from preference pairs, and neither samples nor verifies."""
         return bool(getattr(self.trainer_class, "takes_pairs", False))
+
+    @property
+    def takes_answers(self) -> str | None:
+        """Whose verified answers the trainer is fine-tuned on, teacher or policy; None where it learns otherwise."""
+        return getattr(self.probe, "answers_of", None)
 
 
 def every_run(recipe: Recipe) -> dict[str, Recipe]:
@@ -136,7 +142,10 @@ def _beside(method: Method, other: Baseline) -> Method:
     """Another method, with those arguments of `method` that its config class knows under its own."""
     known = {field.name for field in dataclasses.fields(registry.load("method", other.name).Config)}
     shared = {name: value for name, value in method.args.items() if name in known}
-    return method.model_copy(update={"name": other.name, "args": {**shared, **other.args}, "called": other.called})
+    update: dict[str, Any] = {"name": other.name, "args": {**shared, **other.args}, "called": other.called}
+    if other.prompts_per_step is not None:
+        update["prompts_per_step"] = other.prompts_per_step
+    return method.model_copy(update=update)
 
 
 def resolve(recipe: Recipe) -> Resolved:
@@ -218,7 +227,7 @@ def _is_enum_value(hint: Any, value: Any) -> bool:
 
 def _batch_identity(recipe: Recipe, merged: dict[str, Any]) -> BatchIdentity:
     world, per_device = recipe.launch.processes, merged["per_device_train_batch_size"]
-    generations = merged.get("num_generations", 1)  # a method on preference pairs counts them one by one
+    generations = merged.get("num_generations", 1)  # a method on pairs or answers counts them one by one
     accumulation = merged["gradient_accumulation_steps"]
     wanted = recipe.method.prompts_per_step
     if wanted is not None:

@@ -34,6 +34,7 @@ from posttrain.objectives.vocabulary import (
     TOKENS_PER_TILE,
     WORDS_PER_TILE,
     Head,
+    log_probs_at,
     topk_divergence,
     vocabulary_divergence,
 )
@@ -45,7 +46,7 @@ SAMPLED_ESTIMATORS = ("k2", "k3", "bias_corrected_k3")
 """What `distillation_loss` computes, from the log-probs of the sampled tokens alone."""
 
 ESTIMATORS = (*SAMPLED_ESTIMATORS, "full", "topk")
-"""All that may be back-propagated; the last two compare distributions (`full_vocabulary`, `topk_reverse_kl`)."""
+"""All that may be back-propagated; the last two compare distributions (`full_vocabulary`, `topk_vocabulary`)."""
 
 MASKS = ("none", "response", "group")
 """Which answers are distilled: all, the wrong ones, or those in groups without a correct one."""
@@ -99,7 +100,7 @@ def distillation_loss(
         return bias_corrected_k3(logps, old_logps, teacher_logps, log_ratio_clamp=log_ratio_clamp)
     raise ValueError(
         f"'{estimator}' compares next-token distributions, not log-probs of sampled tokens: call full_vocabulary or "
-        "topk_reverse_kl."
+        "topk_vocabulary."
     )
 
 
@@ -281,7 +282,7 @@ def top_words(hidden: Float[Tensor, "N D"], head: Head, k: int) -> Int[Tensor, "
     """The k most probable next words of each token, most probable first; logits are held one tile at a time.
 
     Args:
-        hidden: last hidden states, of the student for `topk_reverse_kl`.
+        hidden: last hidden states, of the student for `topk_vocabulary`.
         head: the output head; whole, not sharded.
         k: how many, between 1 and V.
 
@@ -306,10 +307,15 @@ def top_words(hidden: Float[Tensor, "N D"], head: Head, k: int) -> Int[Tensor, "
     return torch.cat(found)
 
 
-def topk_reverse_kl(
-    logps: Float[Tensor, "N K"], teacher_logps: Float[Tensor, "N K"], *, tail: bool
+def topk_vocabulary(
+    logps: Float[Tensor, "N K"],
+    teacher_logps: Float[Tensor, "N K"],
+    *,
+    tail: bool,
+    divergence: str = "reverse_kl",
+    alpha: float | None = None,
 ) -> Float[Tensor, " N"]:
-    """KL(π_θ‖π_T) over K words of each token, to be minimised; nats; float32 at least.
+    """D_f(π_θ‖π_T) over K words of each token, to be minimised; nats (χ², H²: 1); float32 at least.
 
     Without `tail`, both distributions are renormalised over the K words, which must then be the *student's* K most
     probable (`top_words`). With it, all other words together are one more outcome, and any K < V words will do, the
@@ -320,21 +326,92 @@ def topk_reverse_kl(
         logps: log π_θ of the words, over the whole vocabulary (`vocabulary.log_probs_at`).
         teacher_logps: log π_T of the same words, likewise.
         tail: keep the mass of all other words, as one outcome.
+        divergence: any of the table; `reverse_kl` is KL(π_θ‖π_T).
+        alpha: for "alpha" only.
 
     Raises:
-        ValueError: a single word is renormalised, to 1 whatever the models say.
+        ValueError: a single word is renormalised, to 1 whatever the models say, or as `vocabulary.topk_divergence`.
 
     Source: KDRL's reverse KL on a subset; `vocabulary.topk_divergence`. Differs: nothing.
     """
     if tail:
-        return topk_divergence(logps, teacher_logps, "reverse_kl")
+        return topk_divergence(logps, teacher_logps, divergence, alpha=alpha)
     if logps.size(1) < 2:
         raise ValueError(
             "one word, renormalised, has probability 1 under both models: give at least 2, or tail = True."
         )
     # Of renormalised distributions the tail is the same least mass in both, and adds nothing.
     both = [at_least_float32(each).log_softmax(dim=-1) for each in (logps, teacher_logps)]
-    return topk_divergence(both[0], both[1], "reverse_kl")
+    return topk_divergence(both[0], both[1], divergence, alpha=alpha)
+
+
+def topk_of_student(
+    hidden: Float[Tensor, "N D"],
+    head: Head,
+    teacher_hidden: Float[Tensor, "N E"],
+    teacher_head: Head,
+    k: int,
+    *,
+    tail: bool,
+    words: int | None = None,
+    divergence: str = "reverse_kl",
+    alpha: float | None = None,
+    temperature: float = 1.0,
+) -> Float[Tensor, " N"]:
+    """`topk_vocabulary` over the student's own k most probable words, from hidden states and heads; no logits [N, V].
+
+    Args:
+        k: how many, between 1 and `words`; with all of them it is `full_vocabulary`.
+        tail, divergence, alpha: as `topk_vocabulary`.
+        hidden, head, teacher_hidden, teacher_head, words, temperature: as `full_vocabulary`.
+
+    Raises:
+        ValueError: k is out of range, or as `topk_vocabulary`.
+
+    Source: as `topk_vocabulary`. Differs: nothing.
+    """
+    if words is not None:
+        head, teacher_head = _first(head, words), _first(teacher_head, words)
+    ids = top_words(hidden, head, k)
+    with torch.no_grad():
+        teacher_logps = log_probs_at(teacher_hidden, teacher_head, ids, temperature=temperature)
+    logps = log_probs_at(hidden, head, ids, temperature=temperature)
+    return topk_vocabulary(logps, teacher_logps, tail=tail, divergence=divergence, alpha=alpha)
+
+
+def topk_of_teacher(
+    hidden: Float[Tensor, "N D"],
+    head: Head,
+    ids: Int[Tensor, "N K"],
+    teacher_logps: Float[Tensor, "N K"],
+    *,
+    divergence: str = "reverse_kl",
+    alpha: float | None = None,
+    temperature: float = 1.0,
+) -> Float[Tensor, " N"]:
+    """`topk_vocabulary` with a tail, over words of the teacher's choice, whose log-probs are all that it gives.
+
+    A word beyond the student's head, which can be padded less than the teacher's, is one of the others.
+
+    Args:
+        hidden: last hidden states of the student.
+        head: its output head; whole, not sharded.
+        ids: the words.
+        teacher_logps: log π_T of them, over the teacher's whole vocabulary and at `temperature`.
+        divergence, alpha: as `topk_vocabulary`.
+        temperature: divides the student's logits.
+
+    Source: as `topk_vocabulary`. Differs: nothing.
+    """
+    size = head.weight.size(0)
+    logps = log_probs_at(hidden, head, ids.clamp(max=size - 1), temperature=temperature)
+    beyond = ids >= size
+    both = (each.masked_fill(beyond, _NOTHING) for each in (logps, teacher_logps))
+    return topk_vocabulary(*both, tail=True, divergence=divergence, alpha=alpha)
+
+
+_NOTHING = -1e4
+"""The log-probability of an outcome without any mass, in float32 and float64."""
 
 
 # ---------------------------------------------------------------- where and how much to distil

@@ -51,6 +51,24 @@ class Head:
     softcap: float | None = None
 
 
+@dataclass(frozen=True)
+class HeadLayer:
+    """An output head in its model, where training changes its weights and sharding takes them apart.
+
+    Attributes:
+        layer: the module.
+        scale, softcap: as `Head`.
+    """
+
+    layer: Any
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def head(self) -> Head:
+        """As it is now; its weights must be whole."""
+        return Head(self.layer.weight, getattr(self.layer, "bias", None), self.scale, self.softcap)
+
+
 class _Distributions:
     """Next-token distributions of N tokens, seen through tiles."""
 

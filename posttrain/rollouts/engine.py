@@ -12,7 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.errors import UserError
 
 Prompt = str | Sequence[dict[str, Any]]
-"""Plain text, or a list of chat messages that the engine renders with the tokenizer's chat template."""
+"""Plain text, or a list of chat messages that the engine renders with the model's chat template. Contents are text, or
+for a model that reads images lists of parts (`posttrain.tasks.shown`)."""
+
+Images = Sequence[Any]
+"""The PIL images of one prompt, in the order in which it shows them."""
 
 TokenIds = Sequence[int]
 
@@ -110,7 +114,7 @@ class Engine(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of weights, tokenizer and chat template: two engines with one fingerprint hold one policy.
+        """Hash of weights, tokenizer, chat template and image settings: those who share it hold one policy.
 
         Equal over engines (`posttrain.rollouts.fingerprint`). Not to be asked for after a `sync`.
         """
@@ -120,14 +124,29 @@ class Engine(Protocol):
         """`files_fingerprint` of the folder that the weights were read from; None for other sources."""
 
     def sample(self, prompts: Sequence[Prompt | TokenIds], params: SamplingParams) -> list[list[Sample]]:
-        """`params.n` samples for each prompt, in order. A prompt of token ids is taken as it is."""
+        """`params.n` samples for each prompt, in order. A prompt of token ids is taken as it is.
+
+        Raises:
+            UserError: a prompt holds images, and the engine or its model reads text alone.
+        """
 
     def score(
-        self, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, temperature: float = 1.0, top_k: int = 0
+        self,
+        sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        images: Sequence[Images] | None = None,
     ) -> list[Score]:
         """Log-probabilities of the answers of `(prompt_ids, answer_ids)`, full softmax at `temperature`.
 
         Prompts must not be empty: the first answer token needs something to follow.
+
+        Args:
+            images: of each sequence, those that its prompt was rendered with; None where no prompt has any.
+
+        Raises:
+            UserError: there are images, and the engine or its model reads text alone.
         """
 
     def sync(self, named_parameters: Iterable[tuple[str, Tensor]], version: int) -> None:

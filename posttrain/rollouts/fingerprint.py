@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, ProcessorMixin
+
+from posttrain.rollouts.tokens import ProcessingClass, tokenizer_of
 
 _SAMPLED = 4096
 """Values hashed per parameter. Any training step moves all of them, and an 8B model is hashed in seconds."""
@@ -85,26 +87,55 @@ def files_fingerprint(path: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(processing_class: ProcessingClass) -> str:
     """Hash of the token→id map, the special tokens and the chat template (16 hex digits)."""
+    tokenizer = tokenizer_of(processing_class)
     content = {
         "vocabulary": tokenizer.get_vocab(),
         "eos": tokenizer.eos_token_id,
-        "template": tokenizer.chat_template,
+        "template": processing_class.chat_template,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("utf-8")).hexdigest()[:16]
 
 
-def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, adapters: bool = True) -> str:
-    """Weights and tokenizer as one string, `<weights>.<tokenizer>`; `unknown` stands for partitioned weights."""
-    return f"{weights_fingerprint(model, adapters=adapters) or 'unknown'}.{tokenizer_fingerprint(tokenizer)}"
+def images_fingerprint(processor: ProcessorMixin) -> str:
+    """Hash of what decides which pixels and how many placeholders an image becomes (16 hex digits).
+
+    Equal before and after the processor was saved. Names of classes are left out: they differ with the packages that
+    are installed.
+    """
+    saved = json.loads(processor.to_json_string())
+    parts = {name: part for name, part in saved.items() if isinstance(part, dict) and name != "tokenizer"}
+    own = {name: value for name, value in saved.items() if isinstance(value, int | float | str)}
+    settings = {
+        name: {key: value for key, value in part.items() if not key.endswith(("_type", "_class"))}
+        for name, part in {**parts, "processor": own}.items()
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode("utf-8")).hexdigest()[:16]
+
+
+def fingerprint(model: PreTrainedModel, processing_class: ProcessingClass, *, adapters: bool = True) -> str:
+    """Weights and tokenizer as one string, `<weights>.<tokenizer>`; `unknown` stands for partitioned weights.
+
+    With a processor `<weights>.<tokenizer>.<images>`.
+    """
+    parts = [weights_fingerprint(model, adapters=adapters) or "unknown", tokenizer_fingerprint(processing_class)]
+    if isinstance(processing_class, ProcessorMixin):
+        parts.append(images_fingerprint(processing_class))
+    return ".".join(parts)
 
 
 def differs(one: str, other: str) -> str | None:
-    """What two fingerprints disagree on: `the weights`, `the tokenizer or its chat template`, or None."""
-    (weights, tokenizer), (other_weights, other_tokenizer) = one.split("."), other.split(".")
+    """What two fingerprints disagree on, in the plural; None where they don't.
+
+    That is `the weights`, `the tokenizer or its chat template`, or `the settings of images`, which count where both
+    know them: a text-only run of a model that reads images may have loaded its tokenizer alone.
+    """
+    (weights, tokenizer, *images), (other_weights, other_tokenizer, *other_images) = one.split("."), other.split(".")
     if tokenizer != other_tokenizer:
         return "the tokenizer or its chat template"
+    if images and other_images and images != other_images:
+        return "the settings of images"
     if weights != other_weights and "unknown" not in (weights, other_weights):
         return "the weights"
     return None

@@ -173,8 +173,9 @@ def build(
 
     Raises:
         UserError: the folder holds something else; rows or tokenizer are not the store's; prompts are text in some rows
-            and messages in others; or there is no pair at all.
+            and messages in others, or hold images; or there is no pair at all.
     """
+    _refuse_images(rows)
     identity = {"store": dict(store.identity), "settings": settings.model_dump()}
     if (output_dir / "manifest.json").is_file():
         found = PairSet.open(output_dir)
@@ -229,7 +230,11 @@ def from_samples(
         tokenizer: renders prompt and answer as one conversation.
         per_prompt: at most so many pairs of one prompt.
         seed: of the draw.
+
+    Raises:
+        UserError: the prompts hold images.
     """
+    _refuse_images(rows)
     settings = Pairs(per_prompt=per_prompt, seed=seed)
     columns = [samples[name].to_pylist() for name in ("problem", "text", "correct", "tokens", "truncated")]
     answers: dict[int, list[_Answer]] = {}
@@ -243,6 +248,15 @@ def from_samples(
             row = {"prompt": prompt, **_answers(prompt, chosen.text, rejected.text)}
             found.append(tokenize(row, tokenizer, problem=problem))
     return found
+
+
+def _refuse_images(rows: Sequence[Row]) -> None:
+    count = sum(bool(row.get("images")) for row in rows)
+    if count:
+        raise UserError(
+            f"Preference pairs are made of tokens alone, and {count} of {len(rows)} prompts hold images: take prompts "
+            "of text, or a task that brings pairs."
+        )
 
 
 def tokenize(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, problem: int) -> TokenPair:

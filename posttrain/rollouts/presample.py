@@ -26,7 +26,7 @@ from posttrain.recipe import Presample
 from posttrain.rewards import Verdict, Verifier
 from posttrain.rollouts.engine import Engine, Sample, SamplingParams
 from posttrain.rollouts.store import FORMAT, Store, prompt_id
-from posttrain.tasks import Row, fingerprint
+from posttrain.tasks import Row, fingerprint, shown
 
 _INTS = pa.list_(pa.int32())
 _ANSWER = pa.struct(
@@ -149,7 +149,7 @@ def _refuse_repeated_prompts(rows: Sequence[Row]) -> None:
     seen: set[str] = set()
     repeated = []
     for row in rows:
-        identifier = prompt_id(row["prompt"])
+        identifier = prompt_id(shown(row))
         if identifier in seen:
             repeated.append(row)
         seen.add(identifier)
@@ -178,7 +178,7 @@ def _part(
         top_p=settings.top_p,
         seed=seed,
     )
-    samples = engine.sample([row["prompt"] for row in rows], params)
+    samples = engine.sample([shown(row) for row in rows], params)
     verdicts = [
         verifier.score([s.text for s in drawn], [row] * len(drawn)) for row, drawn in zip(rows, samples, strict=True)
     ]
@@ -193,17 +193,22 @@ def _part(
             top_p=settings.top_p,
             seed=seed + 1,
         )
-        fresh = engine.sample([rows[i]["prompt"] for i in candidates], fresh_params)
+        fresh = engine.sample([shown(rows[i]) for i in candidates], fresh_params)
         for i, drawn in zip(candidates, fresh, strict=True):
             checks = verifier.score([s.text for s in drawn], [rows[i]] * len(drawn))
             if all(verdict.reward == 1.0 for verdict in checks):
-                scores = engine.score([(s.prompt_ids, s.token_ids) for s in drawn], temperature=training_temperature)
+                images = rows[i].get("images")
+                scores = engine.score(
+                    [(s.prompt_ids, s.token_ids) for s in drawn],
+                    temperature=training_temperature,
+                    images=[images] * len(drawn) if images else None,
+                )
                 stored[i] = [_answer(s, v, x.logprobs) for s, v, x in zip(drawn, checks, scores, strict=True)]
     failed: str = "explore" if settings.on_failed_check == "explore" else "dropped"
     return pa.Table.from_pylist(
         [
             {
-                "prompt_id": prompt_id(row["prompt"]),
+                "prompt_id": prompt_id(shown(row)),
                 "key": str(row["key"]),
                 "correct": correct[i],
                 "set": "pef" if i in stored else failed if i in candidates else "explore",

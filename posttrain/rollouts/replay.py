@@ -1,14 +1,16 @@
 """Replay of stored answers: which rows an optimiser step rehearses, as a pure function of the step.
 
 Every process holds the same store and computes the same draw, so the share of each process, and the number of tokens
-that the whole step rehearses, are known everywhere without communication, and a resumed run continues exactly.
+that the whole step rehearses, are known everywhere without communication, and a resumed run continues exactly. Images
+are looked up for those answers alone that a process has drawn.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class StoredAnswer:
         prompt_ids: token ids of the rendered prompt.
         token_ids: token ids of the answer, the end-of-sequence token included.
         logps: log π_ref of each answer token (nats), full softmax at the rollout temperature.
+        prompt_id: what the store calls the prompt.
     """
 
     prompt_ids: Sequence[int]
     token_ids: Sequence[int]
     logps: Sequence[float]
+    prompt_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,20 +37,35 @@ class Draw:
     Attributes:
         answers: this process's rows; may be empty.
         tokens: answer tokens of the whole optimiser step, over all processes and micro-batches.
+        images: those of each row's prompt; all empty where prompts are text alone.
     """
 
     answers: list[StoredAnswer]
     tokens: int
+    images: list[Sequence[Any]] = field(default_factory=list)
 
 
 class Replay:
-    """An endless sequence of stored answers: pass after pass without replacement, each pass shuffled by its number."""
+    """An endless sequence of stored answers: pass after pass without replacement, each pass shuffled by its number.
 
-    def __init__(self, answers: Sequence[StoredAnswer], *, seed: int) -> None:
+    Args:
+        answers: all that are stored.
+        seed: of the shuffling.
+        images: the images of an answer's prompt; None where prompts are text alone.
+    """
+
+    def __init__(
+        self,
+        answers: Sequence[StoredAnswer],
+        *,
+        seed: int,
+        images: Callable[[StoredAnswer], Sequence[Any]] | None = None,
+    ) -> None:
         if not answers:
             raise ValueError("there are no stored answers to replay.")
         self.answers = list(answers)
         self.seed = seed
+        self._images = images or (lambda answer: ())
         self._orders: dict[int, list[int]] = {}
 
     def _order(self, cycle: int) -> list[int]:
@@ -77,4 +96,4 @@ class Replay:
             raise ValueError(f"slot {slot} is none of the {slots} shares of step {step}.")
         drawn = [self._at(position) for position in range(step * rows, (step + 1) * rows)]
         mine = drawn[slot * rows // slots : (slot + 1) * rows // slots]
-        return Draw(mine, sum(len(answer.token_ids) for answer in drawn))
+        return Draw(mine, sum(len(answer.token_ids) for answer in drawn), [self._images(answer) for answer in mine])

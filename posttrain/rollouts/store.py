@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,7 @@ from posttrain.errors import UserError
 from posttrain.rollouts.engine import Prompt
 from posttrain.rollouts.fingerprint import files_fingerprint
 from posttrain.rollouts.replay import StoredAnswer
+from posttrain.tasks import described
 
 FORMAT = 1
 """Version of the layout on disk."""
@@ -32,8 +33,12 @@ SetName = Literal["explore", "pef", "dropped"]
 
 
 def prompt_id(prompt: Prompt) -> str:
-    """Hash of a prompt's text or messages (16 hex digits): how training rows find their entry in the store."""
-    text = prompt if isinstance(prompt, str) else json.dumps([dict(m) for m in prompt], sort_keys=True)
+    """Hash of a prompt's text or messages (16 hex digits): how training rows find their entry in the store.
+
+    Of a row with images, take the prompt as an engine reads it (`posttrain.tasks.shown`): its images count by pixels.
+    """
+    messages = prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
+    text = messages if isinstance(messages, str) else json.dumps(messages, sort_keys=True, default=described)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -102,16 +107,17 @@ class Store:
         """The stored answers of the near-perfect prompts, in the order of the prompts."""
         table = pq.read_table(self.path / "answers.parquet")
         return [
-            StoredAnswer(tuple(prompt), tuple(answer), tuple(logps))
-            for prompt, answer, logps in zip(
+            StoredAnswer(tuple(prompt), tuple(answer), tuple(logps), owner)
+            for prompt, answer, logps, owner in zip(
                 table["prompt_token_ids"].to_pylist(),
                 table["token_ids"].to_pylist(),
                 table["logps"].to_pylist(),
+                table["prompt_id"].to_pylist(),
                 strict=True,
             )
         ]
 
-    def exploration(self, prompts: Sequence[Prompt]) -> list[int]:
+    def exploration(self, prompts: Iterable[Prompt]) -> list[int]:
         """Indices of the prompts that are explored online (D_exp).
 
         Raises:

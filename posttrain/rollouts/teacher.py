@@ -9,6 +9,9 @@
 | `Reprompted` | any of them with another prompt: privileged context, or the teacher's own chat template |
 | `Routed` | several of them, chosen by a column of the task row |
 
+Answers to prompts with images are scored by a model that reads images, or by an engine that does; the images are in the
+task rows, and the teacher's own processor makes its inputs of them.
+
 `check_teacher` refuses a teacher that does not fit from its tokenizer and configuration, before weights load.
 `require_effect` refuses a loss that the teacher does not reach.
 
@@ -19,24 +22,40 @@ that are scored. A row of task data is a `Row`; the B rows belong to the B seque
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from posttrain.errors import UserError, did_you_mean
 from posttrain.objectives.divergences import at_least_float32
-from posttrain.objectives.vocabulary import head_factors
-from posttrain.rollouts.engine import Engine, Prompt, TokenIds
-from posttrain.rollouts.tokens import encode
+from posttrain.objectives.vocabulary import HeadLayer, head_factors
+from posttrain.rollouts.engine import Engine, Images, Prompt, TokenIds
+from posttrain.rollouts.tokens import (
+    PER_TOKEN,
+    batched,
+    encode,
+    image_fields,
+    images_of,
+    load_processing_class,
+    model_class,
+)
 from posttrain.rollouts.weights import loaded_whole
 
 Row = Mapping[str, Any]
@@ -55,12 +74,14 @@ class TeacherScores:
             embedding for (the student's embedding can be padded further than the teacher's).
         top_ids: the words that were asked for, or else the teacher's K most likely ones, [B, T, K]; K may be 0.
         top_logps: log π_T of those words [B, T, K]; −∞ for a word that the teacher does not have.
+        hidden: what the teacher's output head makes their logits of [B, T, E], where it was asked for.
     """
 
     logps: Tensor
     mask: Tensor
     top_ids: Tensor
     top_logps: Tensor
+    hidden: Tensor | None = None
 
     def fitted(self, like: Tensor) -> TeacherScores:
         """The same on the device of `like` [B, width], padded on the right to its width.
@@ -72,7 +93,8 @@ class TeacherScores:
         if missing < 0:
             raise ValueError(f"scores of {self.logps.size(1)} tokens do not fit into a batch of {like.size(1)}.")
         flat = (F.pad(value, (0, missing)) for value in (self.logps, self.mask))
-        deep = (F.pad(value, (0, 0, 0, missing)) for value in (self.top_ids, self.top_logps))
+        known = [self.top_ids, self.top_logps] + ([] if self.hidden is None else [self.hidden])
+        deep = (F.pad(value, (0, 0, 0, missing)) for value in known)
         return TeacherScores(*(value.to(like.device) for value in (*flat, *deep)))
 
 
@@ -81,6 +103,16 @@ class Teacher(ABC):
 
     concurrent: bool
     """Whether it may score in another thread: it has its own weights and joins no collective."""
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether it scores answers to prompts with images, which are in the task rows."""
+        return False
+
+    @property
+    def head(self) -> HeadLayer | None:
+        """What makes logits of the hidden states that `score` gives; None of a teacher that gives none."""
+        return None
 
     @abstractmethod
     def score(
@@ -92,16 +124,18 @@ class Teacher(ABC):
         temperature: float = 1.0,
         top_k: int = 0,
         ids: Tensor | None = None,
+        hidden: bool = False,
     ) -> TeacherScores:
         """log π_T of B completions after their prompts, without padding (`unpadded`); no gradient.
 
         Args:
-            prompt_ids: B prompts as the student read them.
+            prompt_ids: B prompts as the student read them, placeholders of images expanded.
             completion_ids: B completions.
-            rows: their task rows; for `Reprompted` and `Routed`.
+            rows: their task rows; for images, `Reprompted` and `Routed`.
             temperature: divides the logits.
             top_k: log-probs of the teacher's most likely words, too.
             ids: log-probs of these words [B, T, K], too; not together with `top_k`.
+            hidden: the hidden states that its `head` is applied to, too; only of a teacher that has one.
 
         Raises:
             UserError: the teacher cannot score this.
@@ -125,13 +159,7 @@ class Teacher(ABC):
 
 
 def unpadded(batch: Mapping[str, Tensor]) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and completions of a rollout batch (`prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask`).
-
-    Raises:
-        UserError: the batch holds images, which no teacher here reads.
-    """
-    if "pixel_values" in batch:
-        raise UserError("The prompts hold images, which a teacher cannot read here: distil on text alone.")
+    """Prompts and completions of a rollout batch (`prompt_ids`, `prompt_mask`, `completion_ids`, `completion_mask`)."""
 
     def rows(name: str) -> list[list[int]]:
         ids, mask = batch[f"{name}_ids"], batch[f"{name}_mask"].bool()
@@ -171,8 +199,8 @@ class _Asked:
         begin, end = int(self.mask[:first].sum()), int(self.mask[: first + count].sum())
         return self.ids[begin:end]
 
-    def scores(self, logps: Tensor, top_ids: Tensor, top_logps: Tensor) -> TeacherScores:
-        """From values [N] and [N, K]."""
+    def scores(self, logps: Tensor, top_ids: Tensor, top_logps: Tensor, hidden: Tensor | None = None) -> TeacherScores:
+        """From values [N], [N, K] and [N, E]."""
         mask = self.mask.to(logps.device)
 
         def spread(flat: Tensor) -> Tensor:
@@ -180,7 +208,8 @@ class _Asked:
             padded[mask] = flat
             return padded
 
-        return TeacherScores(spread(logps), mask, spread(top_ids), spread(top_logps))
+        states = None if hidden is None else spread(hidden)
+        return TeacherScores(spread(logps), mask, spread(top_ids), spread(top_logps), states)
 
 
 def _one_each(rows: Sequence[Row], completion_ids: Sequence[TokenIds]) -> None:
@@ -188,8 +217,18 @@ def _one_each(rows: Sequence[Row], completion_ids: Sequence[TokenIds]) -> None:
         raise ValueError(f"{len(completion_ids)} completions came with {len(rows)} task rows: give each its row.")
 
 
+def _images(rows: Sequence[Row], count: int) -> list[Images] | None:
+    """The images of each of `count` prompts; None where no row has any."""
+    shown: list[Images] = [row.get("images") or images_of(row.get("prompt") or "") for row in rows]
+    if not any(shown):
+        return None
+    if len(shown) != count:
+        raise ValueError(f"{count} completions came with {len(shown)} task rows: give each its row.")
+    return shown
+
+
 class ModelTeacher(Teacher):
-    """A causal language model in this process.
+    """A causal language model in this process, or one that reads images, too.
 
     One forward per `batch_size` sequences, whatever their lengths, so that processes which share a partitioned model
     (ZeRO-3, FSDP2) stay in step. Logits [B, T, V] never exist: the output head is applied to a tile of completion
@@ -201,6 +240,7 @@ class ModelTeacher(Teacher):
         base: disable the adapters of a peft model while it scores.
         batch_size: sequences per forward.
         device: where its inputs go; default where its embedding lies, which is not known of offloaded weights.
+        processor: its `ProcessorMixin`, where it reads images; None leaves it text alone.
 
     Raises:
         UserError: `base` of a model without adapters.
@@ -208,14 +248,36 @@ class ModelTeacher(Teacher):
 
     concurrent = False
 
-    def __init__(self, model: Any, *, base: bool = False, batch_size: int = 8, device: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        base: bool = False,
+        batch_size: int = 8,
+        device: Any = None,
+        processor: Any = None,
+    ) -> None:
         if base and not hasattr(model, "disable_adapter"):
             raise UserError("The student has no adapters, so its base is not there to teach it: name a teacher.")
         config = model.config.get_text_config()
         self.model, self.base, self.batch_size, self.device = model, base, batch_size, device
+        self.processor = processor
         self.vocabulary = int(config.vocab_size)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self._scale, self._softcap = head_factors(config)
+
+    @property
+    def reads_images(self) -> bool:
+        """See `Teacher.reads_images`; with a processor."""
+        return self.processor is not None
+
+    @property
+    def head(self) -> HeadLayer:
+        """See `Teacher.head`; without the adapters, where it is the base that scores."""
+        layer = self.model.get_output_embeddings()
+        if self.base:
+            layer = getattr(layer, "original_module", getattr(layer, "base_layer", layer))
+        return HeadLayer(layer, self._scale, self._softcap)
 
     @classmethod
     def load(
@@ -240,14 +302,18 @@ class ModelTeacher(Teacher):
         """
         if device is not None and device_map is not None:
             raise ValueError("device and device_map both say where the teacher lives: give one of them.")
+        auto_class = model_class(path, revision=revision)
+        processor = None
+        if auto_class is AutoModelForImageTextToText:
+            processor = load_processing_class(path, revision=revision)
         with loaded_whole():
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            model: Any = auto_class.from_pretrained(
                 path, revision=revision, dtype=getattr(torch, dtype), device_map=device_map
             )
         if device_map is None:
             own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             model = model.to(device or (own_gpu if torch.cuda.is_available() else "cpu"))
-        teacher = cls(model.eval().requires_grad_(False), batch_size=batch_size)
+        teacher = cls(model.eval().requires_grad_(False), batch_size=batch_size, processor=processor)
         teacher.concurrent = True
         return teacher
 
@@ -261,6 +327,7 @@ class ModelTeacher(Teacher):
         temperature: float = 1.0,
         top_k: int = 0,
         ids: Tensor | None = None,
+        hidden: bool = False,
     ) -> TeacherScores:
         """See `Teacher.score`."""
         asked = _Asked(prompt_ids, completion_ids, self.vocabulary, top_k, ids)
@@ -270,23 +337,60 @@ class ModelTeacher(Teacher):
                 f"The teacher reads {self.max_length} tokens, and a prompt with its completion has {longest}: shorten "
                 "the prompts or completions, or choose a teacher with a longer context."
             )
-        was_training = self.model.training
-        self.model.eval()
-        adapters: AbstractContextManager[Any] = self.model.disable_adapter() if self.base else nullcontext()
+        fields = self._fields(asked.sequences, _images(rows, len(asked.sequences)))
         parts = []
-        try:
-            with adapters:
-                for start in range(0, len(asked.sequences), self.batch_size):
-                    chunk = asked.sequences[start : start + self.batch_size]
-                    parts.append(self._forward(chunk, asked.given(start, self.batch_size), temperature, top_k))
-        finally:
-            self.model.train(was_training)
+        with _turn(self.model):
+            was_training = self.model.training
+            self.model.eval()
+            adapters: AbstractContextManager[Any] = self.model.disable_adapter() if self.base else nullcontext()
+            try:
+                with adapters:
+                    for start in range(0, len(asked.sequences), self.batch_size):
+                        chunk = asked.sequences[start : start + self.batch_size]
+                        given = asked.given(start, self.batch_size)
+                        own = fields[start : start + self.batch_size]
+                        parts.append(self._forward(chunk, own, given, temperature, top_k, hidden))
+            finally:
+                self.model.train(was_training)
         return asked.scores(*(torch.cat(each) for each in zip(*parts, strict=True)))
 
+    def _fields(
+        self, sequences: Sequence[tuple[list[int], list[int]]], shown: Sequence[Images] | None
+    ) -> list[Mapping[str, Tensor]]:
+        """What the model reads of the images of each sequence's prompt; made once of what several answers share."""
+        if shown is None:
+            return [{}] * len(sequences)
+        if self.processor is None:
+            raise UserError(
+                f"The prompts hold images, and the teacher {type(self.model).__name__} reads text alone: choose a "
+                "vision-language teacher with its processor."
+            )
+        made: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
+        found = []
+        for (prompt, _), images in zip(sequences, shown, strict=True):
+            same = (*map(id, images), tuple(prompt))
+            if same not in made:
+                made[same] = self._seen(images, prompt) if images else {}
+            found.append(made[same])
+        return found
+
+    def _seen(self, images: Images, prompt: list[int]) -> Mapping[str, Tensor]:
+        try:
+            return image_fields(self.processor, images, prompt)
+        except UserError as error:
+            name = type(self.model).__name__
+            raise UserError(f"The teacher {name} does not read images as the student does: {error}") from None
+
     def _forward(
-        self, chunk: Sequence[tuple[list[int], list[int]]], given: Tensor | None, temperature: float, top_k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs [n] of the n completion tokens of some sequences; words [n, K] and their log-probs."""
+        self,
+        chunk: Sequence[tuple[list[int], list[int]]],
+        fields: Sequence[Mapping[str, Tensor]],
+        given: Tensor | None,
+        temperature: float,
+        top_k: int,
+        hidden: bool,
+    ) -> tuple[Tensor, ...]:
+        """Log-probs [n] of the n completion tokens of some sequences; words [n, K], their log-probs; states [n, E]."""
         device = self.device or self.model.get_input_embeddings().weight.device
         input_ids = torch.zeros(len(chunk), max(len(p) + len(c) for p, c in chunk), dtype=torch.long)
         attention_mask, asked = torch.zeros_like(input_ids), torch.zeros_like(input_ids, dtype=torch.bool)
@@ -299,30 +403,46 @@ class ModelTeacher(Teacher):
         head = self.model.get_output_embeddings()
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         first: list[Tensor] = []
+        states: list[Tensor] = []
 
         def take(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             """Score the hidden states on their way into the head, and let one through."""
-            hidden = arguments[0]
-            raw = module.forward(hidden[:1, :1])
+            entering = arguments[0]
+            raw = module.forward(entering[:1, :1])
             first.append(raw)
             tile = max(1, _TILE_BYTES // (4 * raw.size(-1)))
-            picked = hidden[asked.to(hidden.device)]
+            picked = entering[asked.to(entering.device)]
+            if hidden:
+                self._require_plain_head(entering[:1, 0], raw[:, 0])
+                states.append(picked)
             for begin in range(0, max(1, len(picked)), tile):
                 words = None if given is None else given[begin : begin + tile]
                 logits = self._logits(module.forward(picked[begin : begin + tile])) / temperature
                 found.append(_read(logits, targets[begin : begin + tile], words, top_k))
-            return (hidden[:1, :1], *arguments[1:])
+            return (entering[:1, :1], *arguments[1:])
 
         hook = head.register_forward_pre_hook(take)
         try:
             output = self.model(
-                input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                use_cache=False,
+                **self._further(fields, input_ids.size(1), device),
             )
         finally:
             hook.remove()
         self._require_known_head(first, output.logits)
-        logps, top_ids, top_logps = (torch.cat(each) for each in zip(*found, strict=True))
-        return logps, top_ids, top_logps
+        return (*(torch.cat(each) for each in zip(*found, strict=True)), *states)
+
+    def _further(self, fields: Sequence[Mapping[str, Tensor]], width: int, device: Any) -> dict[str, Tensor]:
+        """The model's further inputs for some sequences, padded on the right to `width` tokens."""
+        whole = []
+        for own in fields:
+            types = {name: F.pad(own[name], (0, width - own[name].size(1))) for name in PER_TOKEN & own.keys()}
+            whole.append({**own, **types})
+        floating = next(self.model.parameters()).dtype  # pixels come in float32
+        made = batched(whole, width).items()
+        return {name: value.to(device, floating if value.is_floating_point() else None) for name, value in made}
 
     def _logits(self, raw: Tensor) -> Tensor:
         logits = at_least_float32(raw) * self._scale
@@ -330,15 +450,38 @@ class ModelTeacher(Teacher):
 
     def _require_known_head(self, first: Sequence[Tensor], logits: Tensor) -> None:
         """Hold what we make of the head's output to the model's own logits of the one token that it was left."""
-        if len(first) == 1 and logits.shape == first[0].shape:
-            wanted, found = at_least_float32(logits), self._logits(first[0])
-            tolerance = max(8 * torch.finfo(first[0].dtype).eps, 1e-4) * float(wanted.abs().max())
-            if not float((found - wanted).abs().max()) > tolerance:  # NaN is for `require_effect`
-                return
+        if len(first) == 1 and logits.shape == first[0].shape and _same(self._logits(first[0]), logits, first[0].dtype):
+            return
         raise UserError(
             f"{type(self.model).__name__} makes its logits in a way that is not known here: choose a teacher with a "
             "plain, scaled or capped output head, or serve it (an engine as teacher)."
         )
+
+    def _require_plain_head(self, hidden: Tensor, raw: Tensor) -> None:
+        """Hold what the weights of `head` make of one hidden state to what the layer makes of it."""
+        head = self.head.head()
+        if not _same(F.linear(hidden, head.weight, head.bias), raw, raw.dtype):
+            raise UserError(
+                f"The output head of {type(self.model).__name__} is more than its weights (an adapter on it?), so the "
+                "hidden states alone say nothing: take log-probs of tokens, or another teacher."
+            )
+
+
+_TURNS: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+_MAKING_TURNS = threading.Lock()
+
+
+def _turn(model: Any) -> threading.Lock:
+    """One thread at a time: a forward is scored by hooks on the model, which would see another thread's, too."""
+    with _MAKING_TURNS:
+        return _TURNS.setdefault(model, threading.Lock())
+
+
+def _same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    """Up to a few roundings of the type that both were computed in; NaN, which is for `require_effect`, is the same."""
+    found, wanted = at_least_float32(found), at_least_float32(wanted)
+    tolerance = max(8 * torch.finfo(dtype).eps, 1e-4) * float(wanted.abs().max())
+    return not float((found - wanted).abs().max()) > tolerance
 
 
 def _read(logits: Tensor, targets: Tensor, words: Tensor | None, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -375,6 +518,11 @@ class EngineTeacher(Teacher):
             )
         self.engine, self.vocabulary = engine, vocabulary
 
+    @property
+    def reads_images(self) -> bool:
+        """See `Teacher.reads_images`; where the engine's model and the engine itself do."""
+        return isinstance(getattr(self.engine, "processing_class", None), ProcessorMixin)
+
     def score(
         self,
         prompt_ids: Sequence[TokenIds],
@@ -384,15 +532,23 @@ class EngineTeacher(Teacher):
         temperature: float = 1.0,
         top_k: int = 0,
         ids: Tensor | None = None,
+        hidden: bool = False,
     ) -> TeacherScores:
         """See `Teacher.score`."""
+        if hidden:
+            raise UserError(
+                f"The engine {self.engine.name} gives no hidden states: take the teacher's own top-k, or a teacher in "
+                "this process."
+            )
         if ids is not None:
             raise UserError(
                 f"The engine {self.engine.name} does not score words of our choice: take the teacher's own top-k, or a "
                 "teacher in this process."
             )
         asked = _Asked(prompt_ids, completion_ids, self.vocabulary, top_k, None)
-        scores = self.engine.score(asked.sequences, temperature=temperature, top_k=top_k)
+        shown = _images(rows, len(asked.sequences))
+        images = {} if shown is None else {"images": shown}
+        scores = self.engine.score(asked.sequences, temperature=temperature, top_k=top_k, **images)
         deep = sum(len(completion) for _, completion in asked.sequences), min(top_k, self.vocabulary)
         logps = torch.tensor([value for score in scores for value in score.logprobs])
         top_ids = torch.tensor([words for score in scores for words in score.top_ids], dtype=torch.long)
@@ -432,6 +588,11 @@ class Reprompted(Teacher):
         self._prompt = prompt or (lambda row: row["prompt"])
         self._kwargs = dict(template_kwargs or {})
 
+    @property
+    def head(self) -> HeadLayer | None:
+        """See `Teacher.head`."""
+        return self.teacher.head
+
     def score(
         self,
         prompt_ids: Sequence[TokenIds],
@@ -445,6 +606,11 @@ class Reprompted(Teacher):
             UserError: the student's own prompt would be rendered otherwise here than it was in the run.
         """
         _one_each(rows, completion_ids)
+        if _images(rows, len(completion_ids)) is not None:
+            raise UserError(
+                "The prompts hold images, which a teacher with a prompt of its own does not read: let it read the "
+                "student's prompts."
+            )
         if self._render(self._student, rows[0]["prompt"]) != list(prompt_ids[0]):
             raise UserError(
                 "The student's prompt is rendered otherwise for the teacher than for the student, so the teacher would "
@@ -510,22 +676,18 @@ class Routed(Teacher):
         self.teachers, self.column = dict(teachers), column
         self.concurrent = all(teacher.concurrent for teacher in self.teachers.values())
 
+    @property
+    def reads_images(self) -> bool:
+        """See `Teacher.reads_images`; where all of them do."""
+        return all(teacher.reads_images for teacher in self.teachers.values())
+
     def check(self, rows: Sequence[Row]) -> None:
         """Refuse rows without a teacher: for the whole data set, before training.
 
         Raises:
             UserError: there is one.
         """
-        for row in rows:
-            if self.column not in row:
-                raise UserError(
-                    f"A task row does not say who teaches it, because it has no column '{self.column}'"
-                    f"{did_you_mean(self.column, row)}."
-                )
-            name = row[self.column]
-            if name not in self.teachers:
-                near = did_you_mean(str(name), self.teachers)
-                raise UserError(f"There is no teacher '{name}' (column '{self.column}'){near}.")
+        require_teachers(rows, self.column, self.teachers)
 
     def score(
         self,
@@ -536,8 +698,14 @@ class Routed(Teacher):
         temperature: float = 1.0,
         top_k: int = 0,
         ids: Tensor | None = None,
+        hidden: bool = False,
     ) -> TeacherScores:
         """See `Teacher.score`."""
+        if hidden:
+            raise UserError(
+                f"Teachers chosen by row (column '{self.column}') have no common output head, so they give no hidden "
+                "states: take a single teacher, or their own top-k."
+            )
         _one_each(rows, completion_ids)
         self.check(rows)
         groups: dict[str, list[int]] = {}
@@ -567,6 +735,23 @@ class Routed(Teacher):
 
 
 # ---------------------------------------------------------------- before training
+
+
+def require_teachers(rows: Sequence[Row], column: str, names: Collection[str]) -> None:
+    """Refuse rows whose `column` holds none of the teachers' names.
+
+    Raises:
+        UserError: there is one.
+    """
+    for row in rows:
+        if column not in row:
+            raise UserError(
+                f"A task row does not say who teaches it, because it has no column '{column}'"
+                f"{did_you_mean(column, row)}."
+            )
+        name = row[column]
+        if name not in names:
+            raise UserError(f"There is no teacher '{name}' (column '{column}'){did_you_mean(str(name), names)}.")
 
 
 def check_teacher(

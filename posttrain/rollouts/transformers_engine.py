@@ -11,23 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from posttrain.errors import UserError
-from posttrain.rollouts.engine import EngineError, Prompt, Sample, SamplingParams, Score, TokenIds
+from posttrain.rollouts.engine import EngineError, Images, Prompt, Sample, SamplingParams, Score, TokenIds
 from posttrain.rollouts.fingerprint import files_fingerprint, fingerprint
-from posttrain.rollouts.tokens import encode, end_ids
-from posttrain.rollouts.weights import checked, loaded_whole, saved_weights
+from posttrain.rollouts.tokens import (
+    PER_TOKEN,
+    ProcessingClass,
+    Rendered,
+    batched,
+    end_ids,
+    image_fields,
+    load_processing_class,
+    model_class,
+    placeholder_of,
+    render,
+    tokenizer_of,
+)
+from posttrain.rollouts.weights import checked, loaded_weights, loaded_whole, saved_weights
 
 _SCORE_BYTES = 2**28
 """Upper bound of the float32 logits that `score` holds at a time; a few times as much is in use around them."""
@@ -64,20 +75,23 @@ class TransformersEngine:
 
     Samples depend on (weights, prompts, params, batch_size) alone: the global random state is left as it was.
 
+    Answers hold no placeholder of images, which no sequence could be scored with: that token is never drawn.
+
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer; needs an end-of-sequence token.
+        model: a causal language model, or one that reads images, too.
+        processing_class: its tokenizer, or its processor where it reads images; needs an end-of-sequence token.
         batch_size: sequences per `generate` call.
     """
 
     name = "transformers"
     shared = False
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 256) -> None:
+    def __init__(self, model: PreTrainedModel, processing_class: ProcessingClass, *, batch_size: int = 256) -> None:
         declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+        self.processing_class = processing_class
+        self.tokenizer = tokenizer = tokenizer_of(processing_class)
         self._eos_ids = end_ids(tokenizer, declared)
         self.model: Any = model.eval()
-        self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.policy_version: int | None = 0
         self.files: str | None = None
@@ -92,28 +106,35 @@ class TransformersEngine:
         revision: str | None = None,
         batch_size: int = 256,
         device: str | None = None,
+        images: bool = True,
     ) -> TransformersEngine:
-        """The engine of a model on disk or on the hub; on this process's GPU when there is one."""
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        """The engine of a model on disk or on the hub; on this process's GPU when there is one.
+
+        Args:
+            images: whether prompts may hold some. Otherwise a model that reads images, too, is loaded for its text
+                alone, where that is possible, and without its processor.
+        """
+        processing_class = load_processing_class(path, revision=revision, images=images)
+        auto_class = model_class(path, revision=revision, images=images)
         with loaded_whole():
-            model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype))
+            model: Any = auto_class.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype))
         own_gpu = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         target = device or (own_gpu if torch.cuda.is_available() else "cpu")
-        engine = cls(model.to(target), tokenizer, batch_size=batch_size)
+        engine = cls(model.to(target), processing_class, batch_size=batch_size)
         engine.files = files_fingerprint(path)
         return engine
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of weights, tokenizer and chat template."""
-        return fingerprint(self.model, self.tokenizer)
+        """Hash of weights, tokenizer, chat template and image settings."""
+        return fingerprint(self.model, self.processing_class)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Prompt | TokenIds], params: SamplingParams) -> list[list[Sample]]:
         """`params.n` samples for each prompt, in order. A prompt of token ids is taken as it is."""
         version = self._usable("sample")
-        encoded = [encode(self.tokenizer, prompt) for prompt in prompts]
-        repeated = [ids for ids in encoded for _ in range(params.n)]
+        rendered = [render(self.processing_class, prompt) for prompt in prompts]
+        repeated = [prompt for prompt in rendered for _ in range(params.n)]
         samples: list[Sample] = []
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -125,8 +146,8 @@ class TransformersEngine:
                 samples += self._generate(repeated[start : start + self.batch_size], params, version)
         return [samples[i * params.n : (i + 1) * params.n] for i in range(len(prompts))]
 
-    def _generate(self, prompts: Sequence[list[int]], params: SamplingParams, version: int) -> list[Sample]:
-        input_ids, attention_mask = self._pad_left(prompts)
+    def _generate(self, prompts: Sequence[Rendered], params: SamplingParams, version: int) -> list[Sample]:
+        input_ids, attention_mask = self._pad_left([prompt.ids for prompt in prompts])
         recorder = _Recorder()
         # `generate` fills what it is not told from the model's own config (min_p, no_repeat_ngram_size, …), which would
         # warp once more what the chain here has warped and recorded.
@@ -135,7 +156,8 @@ class TransformersEngine:
             sequences = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                logits_processor=LogitsProcessorList([*_warpers(params), recorder]),
+                **self._fields([prompt.fields for prompt in prompts], input_ids.size(1)),
+                logits_processor=LogitsProcessorList([*self._never(), *_warpers(params), recorder]),
                 do_sample=params.temperature > 0,
                 top_k=0,  # 50 otherwise
                 max_new_tokens=params.max_tokens,
@@ -157,7 +179,7 @@ class TransformersEngine:
         )
         return [
             Sample(
-                prompt_ids=list(prompt),
+                prompt_ids=list(prompt.ids),
                 token_ids=row[:length],
                 logprobs=row_logps[:length],
                 text=text,
@@ -169,27 +191,76 @@ class TransformersEngine:
             )
         ]
 
+    def _fields(self, rendered: Sequence[Mapping[str, Tensor]], width: int) -> dict[str, Tensor]:
+        """The model's further inputs for a batch of prompts, padded to `width` tokens."""
+        fields = batched(rendered, width).items()
+        floating = self.model.dtype  # pixels come in float32
+        return {
+            name: value.to(self.model.device, floating if value.is_floating_point() else None) for name, value in fields
+        }
+
+    def _never(self) -> list[LogitsProcessor]:
+        """Keeps the placeholder of images from being drawn."""
+        processor = self.processing_class
+        placeholder = placeholder_of(processor) if isinstance(processor, ProcessorMixin) else None
+        return [] if placeholder is None else [SuppressTokensLogitsProcessor([placeholder], device=self.model.device)]
+
     @torch.no_grad()
     def score(
-        self, sequences: Sequence[tuple[TokenIds, TokenIds]], *, temperature: float = 1.0, top_k: int = 0
+        self,
+        sequences: Sequence[tuple[TokenIds, TokenIds]],
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        images: Sequence[Images] | None = None,
     ) -> list[Score]:
         """Log-probabilities of the answers of `(prompt_ids, answer_ids)`, full softmax at `temperature`.
 
         Sequences of any length: they pass through the model in pieces of time, over its key-value cache, so that no
-        more logits exist at a time than memory has room for.
+        more logits exist at a time than memory has room for. With images they pass whole, because models count the
+        positions of images from the start of a sequence.
         """
         self._usable("score")
+        fields = self._rendered_images(sequences, images) if images is not None else None
         scores: list[Score] = []
         vocabulary = self.model.get_output_embeddings().weight.size(0)
         fits = max(1, _SCORE_BYTES // (4 * vocabulary))  # positions whose logits are held at a time
         longest = max((len(prompt) + len(answer) for prompt, answer in sequences), default=1)
         rows = max(1, min(self.batch_size, fits // longest))
+        step = longest if fields is not None else max(1, fits // rows)
         for start in range(0, len(sequences), rows):
-            scores += self._score(sequences[start : start + rows], temperature, top_k, max(1, fits // rows))
+            chunk = sequences[start : start + rows]
+            own = fields[start : start + rows] if fields is not None else [{}] * len(chunk)
+            scores += self._score(chunk, own, temperature, top_k, step)
         return scores
 
+    def _rendered_images(
+        self, sequences: Sequence[tuple[TokenIds, TokenIds]], images: Sequence[Images]
+    ) -> list[Mapping[str, Tensor]]:
+        """The fields of every sequence; what answers to one prompt share is made once.
+
+        Raises:
+            UserError: the model reads text alone, or images and token ids do not belong together.
+        """
+        processor = self.processing_class
+        if not isinstance(processor, ProcessorMixin):
+            raise UserError("There are images to score answers with, but the model reads text alone: leave them out.")
+        made: dict[tuple[Any, ...], Mapping[str, Tensor]] = {}
+        found = []
+        for (prompt, _), shown in zip(sequences, images, strict=True):
+            same = (*map(id, shown), tuple(prompt))
+            if same not in made:
+                made[same] = image_fields(processor, shown, prompt) if shown else {}
+            found.append(made[same])
+        return found
+
     def _score(
-        self, chunk: Sequence[tuple[TokenIds, TokenIds]], temperature: float, top_k: int, step: int
+        self,
+        chunk: Sequence[tuple[TokenIds, TokenIds]],
+        fields: Sequence[Mapping[str, Tensor]],
+        temperature: float,
+        top_k: int,
+        step: int,
     ) -> list[Score]:
         """The scores of one batch, `step` positions at a time."""
         prompt_ids, prompt_mask = self._pad_left([prompt for prompt, _ in chunk])
@@ -202,6 +273,9 @@ class TransformersEngine:
         answer_mask = (torch.arange(width, device=device) < lengths[:, None]).long()
         ids = torch.cat([prompt_ids, answer_ids], dim=1)
         mask = torch.cat([prompt_mask, answer_mask], dim=1)
+        further = self._fields(fields, depth)
+        for name in PER_TOKEN & further.keys():
+            further[name] = torch.nn.functional.pad(further[name], (0, width))
         logps, top_logps, top_ids = [], [], []
         cache = None
         last = ids.size(1) - 1  # what follows the last token is nobody's question
@@ -214,6 +288,7 @@ class TransformersEngine:
                 attention_mask=mask[:, : end if end < last else end + 1],
                 past_key_values=cache,
                 use_cache=end < last,
+                **further,
                 logits_to_keep=max(1, keep) if end < last else keep + 1,
             )
             cache = output.past_key_values
@@ -257,7 +332,8 @@ class TransformersEngine:
 
     def switch(self, path: str) -> None:
         """Take over the policy saved in a folder, of the same architecture."""
-        self.sync(saved_weights(path), 0)
+        renamed = isinstance(self.processing_class, ProcessorMixin)  # as models of images and text are on loading
+        self.sync(loaded_weights(path) if renamed else saved_weights(path), 0)
         self.files = files_fingerprint(path)
 
     def sync_adapter(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], version: int) -> None:

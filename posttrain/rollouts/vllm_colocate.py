@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
 from posttrain.recipe import Lora, Vllm
-from posttrain.rollouts.engine import EngineError, Prompt, Sample, SamplingParams, Score, TokenIds
+from posttrain.rollouts.engine import EngineError, Images, Prompt, Sample, SamplingParams, Score, TokenIds
 from posttrain.rollouts.fingerprint import files_fingerprint
 from posttrain.rollouts.tokens import encode
 from posttrain.rollouts.vllm_common import (
@@ -37,6 +37,7 @@ from posttrain.rollouts.vllm_common import (
     make_sample,
     prepare_environment,
     rank_limit,
+    refuse_images,
     sampling_arguments,
     saved_fingerprint,
     shapes_to_come,
@@ -207,14 +208,20 @@ class VLLMColocateEngine:
         ]
 
     def score(
-        self, sequences: Sequence[tuple[TokenIds, TokenIds]], *, temperature: float = 1.0, top_k: int = 0
+        self,
+        sequences: Sequence[tuple[TokenIds, TokenIds]],
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        images: Sequence[Images] | None = None,
     ) -> list[Score]:
         """Log-probabilities of the answers of `(prompt_ids, answer_ids)`, full softmax at `temperature`.
 
         Raises:
-            UserError: a sequence is longer than the engine allows.
+            UserError: a sequence is longer than the engine allows, or there are images.
             EngineError: there are no weights to trust, or vLLM failed.
         """
+        refuse_images(self.name, images)
         self._usable("score")
         asked = [index for index, (_, answer) in enumerate(sequences) if len(answer)]
         whole = [[*sequences[index][0], *sequences[index][1]] for index in asked]

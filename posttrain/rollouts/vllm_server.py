@@ -34,7 +34,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
 from posttrain.recipe import Lora, Server
-from posttrain.rollouts.engine import EngineError, Prompt, Sample, SamplingParams, Score, TokenIds
+from posttrain.rollouts.engine import EngineError, Images, Prompt, Sample, SamplingParams, Score, TokenIds
 from posttrain.rollouts.fingerprint import files_fingerprint
 from posttrain.rollouts.http import Batch, Failure, Http
 from posttrain.rollouts.tokens import encode
@@ -44,6 +44,7 @@ from posttrain.rollouts.vllm_common import (
     check_model,
     local_folder,
     make_sample,
+    refuse_images,
     sampling_arguments,
     saved_fingerprint,
     shapes_to_come,
@@ -471,13 +472,19 @@ class VLLMServerEngine:
         return make_sample(self.tokenizer, prompt_ids, choice["token_ids"], logprobs, self._ends, version)
 
     def score(
-        self, sequences: Sequence[tuple[TokenIds, TokenIds]], *, temperature: float = 1.0, top_k: int = 0
+        self,
+        sequences: Sequence[tuple[TokenIds, TokenIds]],
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        images: Sequence[Images] | None = None,
     ) -> list[Score]:
         """Log-probabilities of the answers of `(prompt_ids, answer_ids)`, full softmax.
 
         Raises:
-            UserError: a temperature other than 1, or a `top_k` for which the server was not started.
+            UserError: a temperature other than 1, a `top_k` for which the server was not started, or images.
         """
+        refuse_images(self.name, images)
         if temperature != 1.0:
             raise UserError(
                 f"A vLLM server scores at temperature 1 alone, and {temperature:g} was asked for: score with the "

@@ -135,6 +135,15 @@ def saved_weights(path: str) -> Iterator[tuple[str, Tensor]]:
                 yield name, content.get_tensor(name)
 
 
+def loaded_weights(path: str) -> Iterator[tuple[str, Tensor]]:
+    """The weights at a path under the names that transformers gives them, which can differ from those in the files."""
+    from posttrain.rollouts.tokens import model_class
+
+    with loaded_whole():
+        model = model_class(path).from_pretrained(path, dtype="auto")
+    yield from full_weights(model)
+
+
 def saved_shapes(path: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights in a folder of safetensors files, from their headers; empty for other paths."""
     from safetensors import safe_open

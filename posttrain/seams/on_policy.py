@@ -1,7 +1,8 @@
 """The seam with TRL's GRPOTrainer: one trainer on which every on-policy method stands.
 
-TRL generates, verifies and normalises; a method supplies an `objective` for rollouts and, when it rehearses stored
-answers, a `rehearsal`. Both are computed from one forward pass per micro-batch.
+TRL generates, verifies and normalises; a method supplies an `objective` for rollouts, a `penalty` where a second term
+is averaged in another way and, when it rehearses stored answers, a `rehearsal`. All are computed from one forward pass
+per micro-batch.
 
 Metrics logged here, each a mean over completion tokens of all processes: `entropy` (nats), `kl` (nats, only with a
 reference), `clip_ratio/low_mean`, `clip_ratio/high_mean`, `clip_ratio/region_mean` (fraction of tokens). TRL's
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,11 +33,15 @@ from posttrain.objectives.policy import (
     sampler_correction,
 )
 from posttrain.objectives.reduce import LOSS_TYPES, reduce, token_mean
+from posttrain.objectives.vocabulary import Head
 from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.replay import Draw, Replay
 from posttrain.rollouts.teacher import Teacher, TeacherScores, require_effect, unpadded
+from posttrain.seams.beside_head import beside_head
+from posttrain.seams.checkpoints import RenamedCheckpoints
 from posttrain.seams.rollout import DEFAULT_GAP_LIMIT, Gap, Rollouts, engine_of
 from posttrain.seams.sharding import RequireSharding
+from posttrain.seams.vision import VISION, joined, require_processor, stored_fields
 
 __all__ = ["GRPOConfig", "OnPolicyTrainer", "StoredTokens", "Tokens"]
 
@@ -54,7 +61,7 @@ class Tokens:
         entropy: of the next-token distribution [B, T], detached (nats).
         sampler_ratio: correction for the sampling engine, [B, T] or [B, 1]; None when it needs none. It belongs on
             the policy term only.
-        extra: whatever `annotate` added, and `ref_logps` [B, T] when there is an online reference.
+        extra: whatever `annotate` and `from_hidden` added, and `ref_logps` [B, T] when there is an online reference.
     """
 
     logps: Tensor
@@ -81,7 +88,7 @@ class StoredTokens:
     mask: Tensor
 
 
-class OnPolicyTrainer(GRPOTrainer):
+class OnPolicyTrainer(RenamedCheckpoints, GRPOTrainer):
     """GRPOTrainer with the loss replaced by `objective` (rollouts) and `rehearsal` (stored answers).
 
     With nothing overridden it is GRPO, equal to TRL in value and gradient. Options of `GRPOConfig` that the loss here
@@ -100,9 +107,11 @@ class OnPolicyTrainer(GRPOTrainer):
             differ rightly.
         lora_sync: how LoRA reaches the engine, `merge` or `adapter`.
 
+    Prompts may hold images, in a column `images` with a list of them per row; the model and its processor read them.
+
     Raises:
         ValueError: an option that would be ignored is set.
-        posttrain.errors.UserError: the engine cannot do what the options ask for.
+        posttrain.errors.UserError: the engine cannot do what the options ask for, or the model cannot read the images.
     """
 
     _tag_names = ["trl", "posttrain"]  # noqa: RUF012 - as TRL declares it
@@ -119,9 +128,14 @@ class OnPolicyTrainer(GRPOTrainer):
     """Factor on the token mean over a step's stored rows."""
     teacher: Teacher | None = None
     """Scores every rollout batch that `asks_teacher` wants scored, once, while TRL computes rewards."""
+    teacher_options: Mapping[str, Any] = MappingProxyType({})
+    """What it is asked for beside log-probs: further arguments of `Teacher.score`."""
     raw_rewards: Tensor
     """For `annotate`: the weighted sum of the rewards of each of this process's answers [B], neither centred nor
     scaled; NaN where no reward function could score the answer."""
+    reward_columns: Tensor
+    """For `annotate`: what each reward function says of each of this process's answers [B, functions], without its
+    weight; NaN where it says nothing."""
 
     def __init__(
         self,
@@ -142,6 +156,7 @@ class OnPolicyTrainer(GRPOTrainer):
             raise ValueError("use_vllm and rollouts name two engines: give one of them.")
         if wants_engine and args is not None:
             args.use_vllm = False  # TRL would start an engine of its own, which goes stale in silence on a CPU
+        require_processor(model, kwargs.get("processing_class"), train_dataset, kwargs.get("eval_dataset"))
         super().__init__(model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         self.args.use_vllm = wants_engine
         if self.aux_loss_enabled:
@@ -171,6 +186,23 @@ class OnPolicyTrainer(GRPOTrainer):
         TRL shuffles, splits and buffers them together with their rollout; the objective finds them in `tokens.extra`.
         """
         return {}
+
+    def asks_hidden(self) -> bool:
+        """Whether the objective needs `from_hidden` for the coming micro-batch."""
+        return False
+
+    def from_hidden(
+        self, hidden: Tensor, head: Head, teacher_head: Head | None, inputs: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What the objective needs of whole next-token distributions; with gradient, in the policy's one forward.
+
+        Args:
+            hidden: the policy's last hidden states of which the rollouts' tokens are told [B, T, D].
+            head: its output head.
+            teacher_head: that of a teacher which gives hidden states.
+            inputs: the micro-batch, what `annotate` added included.
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks for hidden states and makes nothing of them.")
 
     def objective(self, tokens: Tokens) -> tuple[Tensor, Metrics]:  # type: ignore[override]  # HF keeps a search score there
         """Loss per token [B, T] of a micro-batch of rollouts, to be minimised, and metrics per token. GRPO here."""
@@ -203,19 +235,32 @@ class OnPolicyTrainer(GRPOTrainer):
             "clip_ratio/region_mean": (low | high).float(),
         }
 
+    def penalty(self, tokens: Tokens) -> tuple[Tensor, Metrics] | None:
+        """A second loss per token [B, T] of the same rollouts, and metrics per token; None here.
+
+        Whatever `loss_type` is, it is averaged over an answer's tokens and then over the answers of a step.
+        """
+        return None
+
     def rehearsal(self, tokens: StoredTokens) -> tuple[Tensor, Metrics]:
         """Loss per token [B, T] of stored answers, to be minimised, and metrics per token."""
         raise NotImplementedError(f"{type(self).__name__} has a replay but no rehearsal objective.")
+
+    def made(self, teacher: Teacher | Callable[[Any], Teacher]) -> Teacher:
+        """A teacher as it is, or what one makes of this trainer: of its model, or split over the same processes."""
+        return teacher if isinstance(teacher, Teacher) else teacher(self)
 
     def take_teacher(self, teacher: Teacher, loss: Callable[[Tensor], Tensor]) -> None:
         """Learn from a teacher that `loss`, of its log-probs [4, 3] on made-up answers, must react to.
 
         Raises:
-            ValueError: the model takes images.
-            UserError: the loss does not.
+            UserError: the loss does not, or the prompts hold images and the teacher reads text alone.
         """
-        if self._is_vlm:
-            raise ValueError("Teachers read no images here: use a text-only model.")
+        if "images" in (getattr(self.train_dataset, "column_names", None) or ()) and not teacher.reads_images:
+            raise UserError(
+                "The prompts hold images, and the teacher reads text alone: choose a vision-language teacher in this "
+                "process, which comes with its processor."
+            )
         self.teacher = teacher
         require_effect(loss, torch.linspace(-3.0, -0.5, 12).view(4, 3))
 
@@ -233,7 +278,8 @@ class OnPolicyTrainer(GRPOTrainer):
             raise ValueError(f"{type(self).__name__} has no teacher.")
         scoring, self._scoring = self._scoring, None
         if scoring is None:
-            scores = self.teacher.score(*unpadded(batch), rows, temperature=self.temperature)
+            asked = {"temperature": self.temperature, **self.teacher_options}
+            scores = self.teacher.score(*unpadded(batch), rows, **asked)
         else:
             scores = scoring.result()
         if not bool(scores.logps.isfinite().all()):
@@ -244,9 +290,12 @@ class OnPolicyTrainer(GRPOTrainer):
 
     def _generate(self, prompts: Any) -> Any:
         generated: Any = super()._generate(prompts)
+        if generated[6] is not None:  # TRL's None for a prompt without images among others is nothing to a processor
+            generated = (*generated[:6], [images or [] for images in generated[6]], *generated[7:])
         if self.teacher is not None and self.asks_teacher():
             prompt_ids, completion_ids = generated[:2]
-            self._scoring = self.teacher.submit(prompt_ids, completion_ids, self._rows, temperature=self.temperature)
+            asked = {"temperature": self.temperature, **self.teacher_options}
+            self._scoring = self.teacher.submit(prompt_ids, completion_ids, self._rows, **asked)
         return generated
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
@@ -258,6 +307,7 @@ class OnPolicyTrainer(GRPOTrainer):
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         start = self.accelerator.process_index * len(prompts)  # TRL gathers them over all processes
         mine = rewards[start : start + len(prompts)]
+        self.reward_columns = mine
         total = (mine * self.reward_weights.to(mine.device)).nansum(dim=1)
         self.raw_rewards = total.masked_fill(mine.isnan().all(dim=1), torch.nan)
         return rewards
@@ -278,16 +328,19 @@ class OnPolicyTrainer(GRPOTrainer):
         draw = self._draw(self.replay) if training and self.replay is not None else None
         rollouts, width = inputs["completion_ids"].shape
         batch = inputs if draw is None else self._join(inputs, draw)
-        logps, entropy, _ = self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
-            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
-            batch["completion_ids"].size(1),
-            compute_entropy=True,
-            **{key: batch[key] for key in _VISION_KEYS if key in batch},
-        )
+        columns = batch["completion_ids"].size(1)
+        with self._beside_head(model, inputs, columns) as beside:
+            logps, entropy, _ = self._get_per_token_logps_and_entropies(
+                model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                columns,
+                compute_entropy=True,
+                **{key: batch[key] for key in VISION if key in batch},
+            )
 
         tokens = self._tokens(inputs, logps[:rollouts, :width], entropy[:rollouts, :width])
+        tokens = replace(tokens, extra={**tokens.extra, **beside})
         per_token, metrics = self.objective(tokens)
         accumulation = self.current_gradient_accumulation_steps if training else 1
         items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
@@ -298,6 +351,12 @@ class OnPolicyTrainer(GRPOTrainer):
         )
         if self.loss_type != "dapo":
             loss = loss / accumulation
+        penalty = self.penalty(tokens)
+        if penalty is not None:
+            by_answer, more = penalty
+            mean = reduce(by_answer, tokens.mask, loss_type="grpo", tokens=items, max_length=self.max_completion_length)
+            loss = loss + mean / accumulation
+            metrics |= more
         measured = [(name, value, tokens.mask) for name, value in {**metrics, "entropy": tokens.entropy}.items()]
 
         if draw is not None:
@@ -337,8 +396,24 @@ class OnPolicyTrainer(GRPOTrainer):
             torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
             batch["completion_ids"].size(1),
             batch_size=self.args.per_device_train_batch_size,
+            **{key: batch[key] for key in VISION if key in batch},
         )
         return logps
+
+    def _beside_head(
+        self, model: Any, inputs: Mapping[str, Tensor], columns: int
+    ) -> AbstractContextManager[dict[str, Tensor]]:
+        """Inside, `from_hidden` is computed of the forward's last `columns` tokens, where it is asked for."""
+        if not self.asks_hidden():
+            return nullcontext({})
+        rollouts, width = inputs["completion_ids"].shape
+
+        def compute(hidden: Tensor, head: Head, teacher_head: Head | None) -> dict[str, Tensor]:
+            before = hidden[:rollouts, -columns - 1 : -1][:, :width]
+            return self.from_hidden(before, head, teacher_head, inputs)
+
+        other = None if self.teacher is None else self.teacher.head
+        return beside_head(self.accelerator.unwrap_model(model), compute, other)
 
     def _tokens(self, inputs: dict[str, Any], logps: Tensor, entropy: Tensor) -> Tokens:
         mask = inputs["completion_mask"]
@@ -383,7 +458,7 @@ class OnPolicyTrainer(GRPOTrainer):
             slots=self.current_gradient_accumulation_steps * world,
         )
 
-    def _join(self, inputs: dict[str, Any], draw: Draw) -> dict[str, Tensor]:
+    def _join(self, inputs: dict[str, Any], draw: Draw) -> dict[str, Any]:
         """Rollouts and stored answers as one batch: prompts padded on the left, answers on the right."""
         answers = draw.answers
         width = max([inputs["completion_ids"].size(1), *(len(a.token_ids) for a in answers)])
@@ -413,7 +488,16 @@ class OnPolicyTrainer(GRPOTrainer):
             "completion_ids": torch.cat([fit(inputs["completion_ids"], width, False, pad), completion_ids]),
             "completion_mask": torch.cat([fit(inputs["completion_mask"], width, False), completion_mask]),
             "stored_logps": stored_logps,
+            **joined(inputs, self._stored_fields(draw), [len(images) for images in draw.images], depth, width),
         }
+
+    def _stored_fields(self, draw: Draw) -> list[Any]:
+        """What the policy reads of the images of each drawn answer's prompt, on this process's device."""
+        fields = (
+            stored_fields(self.processing_class, images, answer.prompt_ids)
+            for images, answer in zip(draw.images, draw.answers, strict=True)
+        )
+        return [self._prepare_input(each) for each in fields]
 
     def _measure(self, measured: Sequence[tuple[str, Tensor, Tensor]], mode: str) -> None:
         """Log token means over all processes, in one collective; a metric without any token is not logged."""
@@ -423,19 +507,6 @@ class OnPolicyTrainer(GRPOTrainer):
             if count > 0:
                 self._metrics[mode][name].append(total / count)
 
-
-_VISION_KEYS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
 
 _NEUTRAL: dict[str, tuple[Any, str]] = {
     "importance_sampling_level": ("token", "ratios are per token here"),

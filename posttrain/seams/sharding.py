@@ -12,13 +12,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from transformers import TrainerCallback
 
 from posttrain.errors import UserError
+
+if TYPE_CHECKING:
+    from posttrain.rollouts.teacher import ModelTeacher
 
 
 def _on_cpu(storage: Any, location: str) -> Any:
@@ -153,15 +156,52 @@ def _require_whole_saves(found: str) -> None:
         )
 
 
+def partitioned_teacher(
+    path: str, accelerator: Any, *, dtype: str, revision: str | None = None, batch_size: int = 8
+) -> ModelTeacher:
+    """A frozen teacher that is split over the processes of a ZeRO-3 launch, from the moment that it is loaded.
+
+    Args:
+        path: a folder, or a name on the hub.
+        accelerator: of the trainer, which must be alive: whatever is loaded beside it is split.
+        dtype: of its weights; DeepSpeed computes in that of the policy.
+        revision: of a model on the hub.
+        batch_size: sequences per forward, the same in every process.
+
+    Raises:
+        posttrain.errors.UserError: the launch is not by ZeRO-3.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        raise UserError("A teacher is split over processes by ZeRO-3 alone: launch with zero3, or remove sharded.")
+    from transformers import ProcessorMixin
+    from trl.models import prepare_deepspeed
+
+    from posttrain.rollouts.teacher import ModelTeacher
+    from posttrain.rollouts.tokens import load_processing_class, model_class
+
+    model = model_class(path, revision=revision).from_pretrained(path, revision=revision, dtype=getattr(torch, dtype))
+    found = load_processing_class(path, revision=revision)
+    processor = found if isinstance(found, ProcessorMixin) else None
+    teacher = ModelTeacher(model.eval().requires_grad_(False), batch_size=batch_size, processor=processor)
+    teacher.model = prepare_deepspeed(model, accelerator)
+    return teacher
+
+
 def release(trainer: Any) -> None:
     """Free what a finished trainer holds on this process: its model, optimiser state and DeepSpeed engine."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     trainer.accelerator.free_memory()
     unset_hf_deepspeed_config()  # or whatever is loaded next, outside any trainer, would be partitioned
-    if trainer.model is not None and any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters()):
-        _empty(trainer.model, trainer.optimizer)
-    for name in ("model", "model_wrapped", "deepspeed", "optimizer", "lr_scheduler", "ref_model", "_precompute_engine"):
+    teacher: Any = getattr(trainer, "teacher", None)
+    while hasattr(teacher, "teacher"):  # what another prompt is put around
+        teacher = teacher.teacher
+    for model, optimizer in ((trainer.model, trainer.optimizer), (getattr(teacher, "model", None), None)):
+        if model is not None and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            _empty(model, optimizer)
+    parts = ("model", "model_wrapped", "deepspeed", "optimizer", "lr_scheduler", "ref_model", "_precompute_engine")
+    for name in (*parts, "teacher"):
         setattr(trainer, name, None)
     trainer.callback_handler.model = trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
     gc.collect()

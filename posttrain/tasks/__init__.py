@@ -38,7 +38,7 @@ class BaseTask(ABC):
     name: ClassVar[str]
     pairs: ClassVar[bool] = False
     """Whether the rows are preference pairs: `prompt`, `chosen`, `rejected` in TRL's formats."""
-    images: ClassVar[bool] = False
+    images: bool = False
     """Whether the rows hold `images`, so that only a vision-language model reads them."""
 
     @property
@@ -122,13 +122,13 @@ def fingerprint(rows: Sequence[Row]) -> str:
     """A hash of the rows' contents, images included, and their order (16 hex digits)."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=_described).encode("utf-8"))
+        digest.update(json.dumps(row, sort_keys=True, default=described).encode("utf-8"))
         digest.update(b"\n")
     return digest.hexdigest()[:16]
 
 
-def _described(value: Any) -> str:
-    """What a row holds beside JSON: an image by its pixels."""
+def described(value: Any) -> str:
+    """What a row or a prompt holds beside JSON, as text: an image by its pixels."""
     if hasattr(value, "tobytes") and hasattr(value, "mode"):
         return f"{value.mode} {value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
     return str(value)

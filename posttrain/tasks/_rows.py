@@ -2,7 +2,11 @@
 
 A row is bad when it cannot be read, lacks a column, has an unusable prompt, or when its gold answer does not score 1.0
 with the task's own verifier. Rows are told apart by their key: the field `key` where one is mapped, otherwise a hash of
-the prompt's text in NFKC, without regard to case, white space and the option `system`.
+the prompt's text in NFKC, without regard to case, white space and the option `system`, and of its images.
+
+A column that is mapped to the field `images` holds what `posttrain.tasks._images` reads; an image that cannot be read
+makes a row bad, too. The images are shown before the text of the first user message, which may begin with as many marks
+`<image>`.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import string
 import unicodedata
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -20,7 +24,8 @@ from pydantic import Field
 
 from posttrain import rewards
 from posttrain.errors import UserError, did_you_mean
-from posttrain.tasks import BaseTask, Row, Split, TaskOptions, split_of
+from posttrain.tasks import BaseTask, Row, Split, TaskOptions, described, split_of
+from posttrain.tasks._images import read_images, without_marks
 
 Record = Mapping[str, Any] | ValueError
 """One record of the source, or why it cannot be read."""
@@ -31,7 +36,7 @@ class RowOptions(TaskOptions):
 
     fields: dict[str, str]
     """Column of the data → field of the row. Must give `prompt` (unless `prompt_template` makes it) and what the
-    verifier needs; may give `key`. Other columns are left out."""
+    verifier needs; may give `key` and, for a model that reads them, `images`. Other columns are left out."""
     verifier: str
     """The reward that decides correctness (`posttrain rewards` lists them)."""
     verifier_options: dict[str, Any] = Field(default_factory=dict)
@@ -64,6 +69,7 @@ class RowTask(BaseTask):
         repeated = sorted({field for field in fields if fields.count(field) > 1})
         if repeated:
             raise UserError(f"The task '{self.name}' fills the field '{repeated[0]}' from two columns: keep one.")
+        self.images = "images" in fields
         self._template = None if options.prompt_template is None else self._parse(options.prompt_template)
         needed = [*self._verifier.requires, *(["prompt"] if self._template is None else [])]
         for field in needed:
@@ -150,7 +156,12 @@ class RowTask(BaseTask):
             if row[field] is None:
                 raise ValueError(f"the field '{field}' is empty")
         prompt = self._prompt(row)
-        key = digest(prompt) if row.get("key") is None else str(row["key"])
+        if self.images:
+            row["images"] = read_images(row["images"])
+            prompt = without_marks(prompt, len(row["images"]))
+            if row["images"] and all(message["role"] != "user" for message in prompt):
+                raise ValueError("the prompt has images, but no user message that could show them")
+        key = digest(prompt, row.get("images", [])) if row.get("key") is None else str(row["key"])
         key.encode("utf-8")  # a lone surrogate is a ValueError
         if self.options.system is not None:
             if any(message["role"] == "system" for message in prompt):
@@ -197,7 +208,7 @@ class RowTask(BaseTask):
 
         Plain names only: `str.format` itself would also follow attributes and indices.
         """
-        known = self.options.fields.values()
+        known = [field for field in self.options.fields.values() if field != "images"]
         parts: list[tuple[str, str | None]] = []
         try:
             for text, field, conversion_spec, conversion in string.Formatter().parse(template):
@@ -216,8 +227,9 @@ class RowTask(BaseTask):
         return parts
 
 
-def digest(prompt: list[dict[str, str]]) -> str:
-    """A hash (16 hex digits) of the normalised text of a prompt."""
+def digest(prompt: list[dict[str, str]], images: Sequence[Any] = ()) -> str:
+    """A hash (16 hex digits) of the normalised text of a prompt, and of the pixels of its images."""
     text = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
     normalised = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return hashlib.sha256(normalised.encode("utf-8")).hexdigest()[:16]
+    seen = "".join(f"\n{described(image)}" for image in images)
+    return hashlib.sha256(f"{normalised}{seen}".encode()).hexdigest()[:16]

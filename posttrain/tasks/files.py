@@ -1,6 +1,7 @@
 """Prompts from JSONL or Parquet files, with a map from columns to row fields.
 
-Bad rows are reported with file and line (JSONL) or row (Parquet), both counted from 1.
+Bad rows are reported with file and line (JSONL) or row (Parquet), both counted from 1. A column that is mapped to the
+field `images` holds paths, relative to the file's folder and never out of it, or in Parquet images themselves.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pydantic import model_validator
 
 from posttrain.errors import UserError
 from posttrain.tasks import Split
+from posttrain.tasks._images import with_files
 from posttrain.tasks._rows import Record, RowOptions, RowTask
 
 
@@ -56,7 +58,17 @@ class Task(RowTask):
         """The records of the file for evaluation, if there is one, and then those of the file for training."""
         for split, path in self._paths:
             for place, record in read_jsonl(path) if path.suffix == ".jsonl" else read_parquet(path):
-                yield split, place, record
+                yield split, place, self._with_images(record, path.parent)
+
+    def _with_images(self, record: Record, folder: Path) -> Record:
+        """The record with image files instead of their paths, or why there is none."""
+        columns = {column for column, field in self.options.fields.items() if field == "images"}
+        if isinstance(record, ValueError) or not columns & record.keys():
+            return record
+        try:
+            return {name: with_files(value, folder) if name in columns else value for name, value in record.items()}
+        except ValueError as error:
+            return error
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, Record]]:

@@ -5,6 +5,7 @@ Only data is loaded: a data set that needs code of its own to be loaded is refus
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 from pydantic import model_validator
@@ -51,14 +52,18 @@ class Task(RowTask):
         if options.eval_split is not None:
             splits = [("eval", options.eval_split), ("train", options.train_split)]
         for split, source in splits:
-            for number, record in enumerate(
-                load_split(options.name, options.config, source, options.revision), start=1
-            ):
+            records = load_split(options.name, options.config, source, options.revision, images=self.images)
+            for number, record in enumerate(records, start=1):
                 yield split, f"{options.name} [{source}], row {number}", record
 
 
-def load_split(name: str, config: str | None, split: str, revision: str | None) -> Iterator[Record]:
+def load_split(
+    name: str, config: str | None, split: str, revision: str | None, *, images: bool = False
+) -> Iterator[Record]:
     """The records of one split of a data set.
+
+    Args:
+        images: rows are decoded one by one, so that an image that cannot be costs no more than its row.
 
     Raises:
         UserError: the data set, its configuration, split or revision cannot be loaded.
@@ -73,4 +78,17 @@ def load_split(name: str, config: str | None, split: str, revision: str | None) 
             f"The data set '{name}' [{split}] cannot be loaded ({type(error).__name__}: {reason}): check name, config, "
             "split and revision."
         ) from error
-    yield from data
+    if not images:
+        yield from data
+        return
+    from PIL import Image
+
+    for place in range(len(data)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                record = data[place]
+        except Exception as error:  # of whatever decodes the row
+            yield ValueError(f"the row cannot be decoded ({type(error).__name__}: {error})")
+        else:
+            yield record
