@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import io
 import json
 import os
@@ -19,9 +21,10 @@ import torch.distributed
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, ProcessorMixin
+from transformers import AutoModelForImageTextToText, ProcessorMixin, Trainer
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLTrainer
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 from posttrain import recipe as recipes
@@ -605,15 +608,17 @@ def test_prompts_with_and_without_pictures_train_together(
 def test_images_that_the_model_cannot_read_are_refused(
     models: Mapping[str, Seeing], tiny_model: str, tmp_path: Path
 ) -> None:
-    def start(model: str, data: Any) -> None:
-        GRPOTrainer(model, length_reward, GRPOConfig(**arguments(tmp_path)), data)
+    def start(model: str, data: Any, **more: Any) -> None:
+        GRPOTrainer(model, length_reward, GRPOConfig(**arguments(tmp_path)), data, **more)
 
     with pytest.raises(UserError, match=r"The prompts hold images, and the model .* reads text alone: take a vision-"):
         start(tiny_model, _dataset(ROWS))
+    with pytest.raises(UserError, match="reads text alone"):
+        start(tiny_model, _dataset(PROMPTS), eval_dataset={"seen": _dataset(ROWS)})
     bare = tmp_path / "bare"
     shutil.copytree(models["llava"].path, bare)
     (bare / "processor_config.json").unlink()
-    with pytest.raises(UserError, match=r"bare comes without the processor that reads them \(its folder has no"):
+    with pytest.raises(UserError, match="bare comes without a processor that reads them: give processing_class"):
         start(str(bare), _dataset(ROWS))
     single = Dataset.from_list([{"prompt": row["prompt"], "image": row["images"][0]} for row in ROWS])
     with pytest.raises(UserError, match="have a column 'image': call it 'images', and make each row's a list"):
@@ -638,6 +643,19 @@ def test_pairs_are_not_made_of_prompts_with_images(
     with pytest.raises(UserError, match="made of tokens alone, and 9 of 9 prompts hold images: take prompts of text"):
         pairs.build(stores["llava"], ROWS, tokenizer, Pairs(), output_dir=tmp_path / "pairs")
     assert not (tmp_path / "pairs").exists()
+
+
+STANDS_ON = {
+    (Trainer, "_load_best_model"): "0e183d55a9db7414",
+    (Trainer, "_load_from_checkpoint"): "4711d0506786db15",
+    (trl_utils, "split_pixel_values_by_grid"): "3aca66e33a7978d3",
+}
+
+
+@pytest.mark.parametrize(("owner", "name"), STANDS_ON, ids=lambda value: getattr(value, "__name__", value))
+def test_what_we_stand_on_has_not_changed(owner: Any, name: str) -> None:
+    found = hashlib.sha256(inspect.getsource(getattr(owner, name)).encode()).hexdigest()[:16]
+    assert found == STANDS_ON[owner, name], f"{name} has changed: re-read it, then record {found}."
 
 
 # ------------------------------------------------------------------ whole jobs

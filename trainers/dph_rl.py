@@ -225,8 +225,9 @@ class DPHTrainer(OnPolicyTrainer):
         images = StoredImages(store, rows, explored) if "images" in rows.column_names else None
         self.replay = Replay(store.answers, seed=args.seed, images=images)
         if images is not None:
-            first, processor = store.answers[0], self.processing_class
-            stored_fields(processor, images(first), first.prompt_ids)  # refuses what cannot be rehearsed
+            shows = next((answer for answer in store.answers if images(answer)), None)
+            if shows is not None:  # refuses what cannot be rehearsed
+                stored_fields(self.processing_class, images(shows), shows.prompt_ids)
         scale = self.replay_rows / rollouts if args.eta_scaling == "paper" else 1.0
         self.rehearsal_weight = args.eta * scale
 

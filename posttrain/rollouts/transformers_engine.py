@@ -227,7 +227,9 @@ class TransformersEngine:
         fits = max(1, _SCORE_BYTES // (4 * vocabulary))  # positions whose logits are held at a time
         longest = max((len(prompt) + len(answer) for prompt, answer in sequences), default=1)
         rows = max(1, min(self.batch_size, fits // longest))
-        step = longest if fields is not None else max(1, fits // rows)
+        step = max(1, fits // rows)
+        if fields is not None:  # of a padded batch
+            step = max((len(p) for p, _ in sequences), default=1) + max((len(a) for _, a in sequences), default=0)
         for start in range(0, len(sequences), rows):
             chunk = sequences[start : start + rows]
             own = fields[start : start + rows] if fields is not None else [{}] * len(chunk)

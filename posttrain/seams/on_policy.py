@@ -156,7 +156,9 @@ class OnPolicyTrainer(RenamedCheckpoints, GRPOTrainer):
             raise ValueError("use_vllm and rollouts name two engines: give one of them.")
         if wants_engine and args is not None:
             args.use_vllm = False  # TRL would start an engine of its own, which goes stale in silence on a CPU
-        require_processor(model, kwargs.get("processing_class"), train_dataset, kwargs.get("eval_dataset"))
+        loading: Any = (args.model_init_kwargs if args is not None else None) or {}
+        data = (train_dataset, kwargs.get("eval_dataset"))
+        require_processor(model, kwargs.get("processing_class"), *data, revision=loading.get("revision"))
         super().__init__(model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         self.args.use_vllm = wants_engine
         if self.aux_loss_enabled:

@@ -35,12 +35,19 @@ VISION = (*FIELDS, "num_images", "num_tiles")
 """The same, and how many images and tiles each answer has, which TRL adds as lists."""
 
 
-def require_processor(model: Any, processing_class: Any, *datasets: Any) -> None:
+def require_processor(model: Any, processing_class: Any, *data: Any, revision: str | None = None) -> None:
     """Refuse rows with images that the policy cannot read, before its weights load.
+
+    Args:
+        model: the policy, or its path.
+        processing_class: as a trainer is given it, or None.
+        data: data sets, or dictionaries of them.
+        revision: of a model on the hub.
 
     Raises:
         UserError: the model reads text alone, its processor cannot be loaded, or a column has another name than ours.
     """
+    datasets = [one for given in data for one in (given.values() if isinstance(given, dict) else [given])]
     columns = {column for dataset in datasets for column in getattr(dataset, "column_names", None) or ()}
     if "image" in columns:
         raise UserError("The data have a column 'image': call it 'images', and make each row's a list of images.")
@@ -49,11 +56,12 @@ def require_processor(model: Any, processing_class: Any, *datasets: Any) -> None
     path = model if isinstance(model, str) else model.config._name_or_path
     if processing_class is None:
         try:
-            processing_class = load_processing_class(path)
+            processing_class = load_processing_class(path, revision=revision)
         except OSError as error:
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"The prompts hold images, and the model {path} comes without the processor that reads them (its "
-                "folder has no processor_config.json): give processing_class, or another model."
+                f"The prompts hold images, and the model {path} comes without a processor that reads them: give "
+                f"processing_class, or another model ({reason:.200})."
             ) from error
     if not isinstance(processing_class, ProcessorMixin):
         raise UserError(
