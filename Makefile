@@ -29,6 +29,7 @@ lint: install ## ruff, mypy --strict and the import contracts
 bench: install ## training steps against TRL, vocabulary divergences against plain ones, engines against vLLM
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.preference
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.teacher
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engines
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rewards
 
