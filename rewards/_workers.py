@@ -42,6 +42,8 @@ RECYCLE = 2000
 """Items after which a worker is replaced, so that caches do not grow for ever."""
 START_WITHIN = 60.0
 """Seconds for the imports of the zygote and for anything asked of it, and for a worker to begin what it was given."""
+LAST_BREATH = 0.1
+"""Seconds in which a worker that has hung up may end: its sockets close before it has ended."""
 MAX_REPLY = 2**20
 """Bytes of a verdict as a worker sends it."""
 
@@ -90,11 +92,11 @@ class _Worker:
         while (message := unframe(self.received, MAX_REPLY)) is not None:
             yield message
 
-    def end(self) -> int | None:
-        """Kill it, unless it has ended by itself; how it ended (a wait status), None where that is not known."""
+    def end(self, patience: float = 0.0) -> int | None:
+        """Kill it, unless it ends within `patience` seconds; how it did that (a wait status), None if it did not."""
         self.channel.close()
         try:
-            status = self.zygote.ask({"do": "end", "pid": self.pid})["status"]
+            status = self.zygote.ask({"do": "end", "pid": self.pid, "patience": patience})["status"]
         except Unavailable:
             return None
         return status if isinstance(status, int) else None
@@ -365,10 +367,10 @@ class Pool:
             self._idle.append(worker)
             self._changed.notify_all()
 
-    def end(self, worker: _Worker) -> int | None:
-        """Kill a worker; how it ended, where that is known."""
+    def end(self, worker: _Worker, patience: float = 0.0) -> int | None:
+        """`_Worker.end`, and make room for another."""
         try:
-            return worker.end()
+            return worker.end(patience)
         finally:
             with self._changed:
                 self._workers.discard(worker)
@@ -507,11 +509,11 @@ class _Judgement:
     def _lose(self, worker: _Worker, cause: str | None = None) -> None:
         """A worker is of no use any more; without a `cause` it has ended by itself. An item is tried twice."""
         turn = self._leave(worker)
-        status = self.pool.end(worker)
+        status = self.pool.end(worker, LAST_BREATH if cause is None else 0.0)
         index = turn.items[0]
         self.deaths[index] += 1
         signalled = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
-        if cause is None and turn.begun and signalled == signal.SIGKILL:  # not ours, which only the living are sent
+        if cause is None and turn.begun and signalled == signal.SIGKILL:  # not ours, of which nothing is said
             self._accuse(turn, Verdict(0.0, "resource", detail="killed, probably for want of memory"))
         elif self.deaths[index] > 1:
             if cause is None and signalled is not None:

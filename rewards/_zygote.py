@@ -10,7 +10,7 @@ On all sockets: JSON, on a worker's behind a length of four bytes.
 
     control   {"do": "prepare", "verifier": [module, class], "options": [module, class, values] or null}   → {"error"}
               {"do": "fork"} with the worker's end of a socket                                      → {"pid", "error"}
-              {"do": "end", "pid"}: killed, unless it had ended already                        → {"status", "error"}
+              {"do": "end", "pid", "patience"}: killed, unless it ends within so many seconds  → {"status", "error"}
     worker    {"verifier": number, "folder": working directory, "items": [[completion, row], ...]}
               → [] when the first item begins, and whenever one says `completion_begins`;
                 → [reward, status, answer, detail, seconds, spent] per item; `spent`: the worker holds so much memory
@@ -113,14 +113,14 @@ def main() -> None:
                 workers.add(reply["pid"])
             else:
                 workers.remove(request["pid"])  # once: then another process may have the number
-                reply["status"] = _end(request["pid"])
+                reply["status"] = _end(request["pid"], request["patience"])
         except Exception as error:
             reply["error"] = f"{type(error).__name__}: {error}"[:MAX_DETAIL]
         for descriptor in descriptors:
             os.close(descriptor)
         control.send(json.dumps(reply).encode())
     for pid in workers:
-        _end(pid)
+        _end(pid, 0.0)
 
 
 def _build(request: Mapping[str, Any]) -> rewards.Verifier:
@@ -133,17 +133,25 @@ def _build(request: Mapping[str, Any]) -> rewards.Verifier:
     return kind(options)  # type: ignore[no-any-return]
 
 
-def _end(pid: int) -> int | None:
-    """Kill a worker that lives, and wait for it: its wait status, or None if it did not end within a second."""
+def _end(pid: int, patience: float) -> int | None:
+    """Kill a worker and what it has started: its wait status, or None if it did not end by itself within `patience`."""
+    until = time.monotonic() + patience
+    while not (ended := _has_ended(pid)) and time.monotonic() < until:
+        time.sleep(0.001)
     for kill in (os.killpg, os.kill):  # what it started as well; it may not have a group of its own yet
         with contextlib.suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
     for pause in (0.0, *[0.001] * 20, *[0.01] * 98):
         time.sleep(pause)
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return status
+        waited, status = os.waitpid(pid, os.WNOHANG)
+        if waited:
+            return status if ended else None
     return None
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child has ended, of which `waitpid` can still say how."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _fork(control: socket.socket, descriptor: int, verifiers: list[rewards.Verifier]) -> int:

@@ -78,6 +78,9 @@ class Hostile(Verifier):
             threading.Thread(target=time.sleep, args=(60,)).start()
         elif word == "close":
             os.closerange(3, 100)
+        elif word == "linger":  # hangs up, and lives on
+            os.closerange(3, 100)
+            time.sleep(60)
         elif word == "nonsense":
             os.write(channel(), b"\0\0\0\2{}")
         elif word == "long":

@@ -85,6 +85,7 @@ HOSTILE = {
     "exit 0": (None, "verifier_error"),
     "exit 1": (None, "verifier_error"),
     "close": (None, "verifier_error"),
+    "linger": (None, "verifier_error"),  # the kill that follows is ours, and says nothing about memory
     "raise x": (None, "verifier_error"),
     "recurse": (None, "verifier_error"),
     "nonsense": (None, "verifier_error"),
