@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import importlib
 import inspect
 import io
 import json
@@ -303,6 +305,44 @@ def test_a_resumed_run_continues_as_the_uninterrupted_one(
     before = [parameter.detach().clone() for parameter in whole.model.parameters()]
     whole.train()
     again = rehearsing(models[family], tmp_path / "again", store, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert again.state.global_step == 4
+    assert max((one - other).abs().max() for one, other in zip(before, again.model.parameters(), strict=True)) > 1e-3
+    for (name, one), other in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("method", ["f_dpo", "sft"])
+def test_a_resumed_run_on_pairs_or_answers_continues_too(
+    models: Mapping[str, Seeing], tmp_path: Path, method: str
+) -> None:
+    resolved = importlib.import_module(f"posttrain.trainers.{method}")
+    answers = ["3*7+3", "8*9", "7-5"]
+    chosen = {"f_dpo": ("chosen", "rejected"), "sft": ("completion",)}[method]
+    rows = [
+        {
+            "prompt": row["prompt"],
+            "images": row["images"][:1],
+            **{
+                name: [{"role": "assistant", "content": answers[(number + shift) % 3]}]
+                for shift, name in enumerate(chosen)
+            },
+        }
+        for number, row in enumerate(ROWS)
+    ]
+
+    def make(folder: Path) -> Any:
+        settings = arguments(folder, max_steps=4, save_strategy="steps", save_steps=2, **SGD)
+        known = {field.name for field in dataclasses.fields(resolved.Config)}
+        args = resolved.Config(**{name: value for name, value in settings.items() if name in known})
+        return resolved.Trainer(
+            models["llava"].path, args=args, processing_class=models["llava"].processor, train_dataset=_dataset(rows)
+        )
+
+    whole = make(tmp_path / "whole")
+    before = [parameter.detach().clone() for parameter in whole.model.parameters()]
+    whole.train()
+    again = make(tmp_path / "again")
     again.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
     assert again.state.global_step == 4
     assert max((one - other).abs().max() for one, other in zip(before, again.model.parameters(), strict=True)) > 1e-3

@@ -20,6 +20,7 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import global_then_local_main_first
 
+from posttrain.seams.checkpoints import RenamedCheckpoints
 from posttrain.seams.sharding import RequireSharding
 
 __all__ = ["DPOConfig", "PreferenceTrainer", "beyond_sigmoid"]
@@ -28,7 +29,7 @@ IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 """Columns of pairs that are tokenised already: lists of token ids."""
 
 
-class PreferenceTrainer(DPOTrainer):
+class PreferenceTrainer(RenamedCheckpoints, DPOTrainer):
     """DPOTrainer with the sigmoid loss replaced by `objective`.
 
     One forward of the policy per micro-batch, and one of the reference unless its log-probs were precomputed. With

@@ -20,12 +20,13 @@ from posttrain.rollouts.tokens import (
     tokenizer_of,
 )
 from posttrain.seams.callbacks import quiet
+from posttrain.seams.checkpoints import RenamedCheckpoints
 from posttrain.seams.sharding import RequireSharding
 
 __all__ = ["SFTConfig", "SupervisedTrainer", "train_supervised"]
 
 
-class SupervisedTrainer(SFTTrainer):
+class SupervisedTrainer(RenamedCheckpoints, SFTTrainer):
     """SFTTrainer that refuses to train a model which is not split as it was asked for.
 
     Args:
