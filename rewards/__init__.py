@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from math import ceil  # `math` itself is a verifier of this package
 from time import perf_counter
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
@@ -72,14 +73,20 @@ class RewardOptions(BaseModel):
 class Verifier(ABC):
     """One verifiable reward. Picklable; holds options and nothing else.
 
+    A class says of itself what does not depend on options; where it does, an instance says it.
+
     An `isolated` verifier is built again in another process, from its class, which must lie at the top of a module, and
     its options. There, `verify` gets what the row has of `requires`, as JSON holds it.
     """
 
     name: ClassVar[str]
-    requires: ClassVar[tuple[str, ...]] = ()
+    requires: tuple[str, ...] = ()
     """Columns that a task row must have."""
-    accuracy: ClassVar[bool] = True
+    sampled: tuple[str, ...] = ()
+    """What it reads beside the row, from whoever samples: `completion_ids`, the completion's tokens."""
+    group_size: int = 1
+    """Consecutive completions that `score` compares with one another: all answers to one prompt, and no others."""
+    accuracy: bool = True
     """True when 1.0 means "correct"; False for shaping rewards."""
     isolated: ClassVar[bool] = False
     """Whether `verify` runs in worker processes, because it may hang, crash or fill the memory."""
@@ -89,6 +96,11 @@ class Verifier(ABC):
 
     options: Any = None
     """What it was built with, a `RewardOptions`; None without any."""
+
+    @property
+    def column(self) -> str:
+        """What its column of rewards is called: by its name, unless its options make another reward of it."""
+        return self.name
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -174,6 +186,40 @@ def after_thinking(text: str) -> str | None:
     return None if not closed and "<think>" in text else answer
 
 
+def answer_part(text: str) -> str:
+    """The part of a completion that answers: of what follows its thought, what the last `<answer>...</answer>` holds.
+
+    All of it where there are no such tags; empty when the thought was cut off.
+    """
+    answer = after_thinking(text) or ""
+    before, closed, _ = answer.rpartition("</answer>")
+    _, opened, inside = before.rpartition("<answer>")
+    return inside if closed and opened else answer
+
+
+def require_whole_groups(verifier: Verifier, prompts: Sequence[Any]) -> None:
+    """Check that every run of equal prompts is one whole group of a verifier that compares answers.
+
+    Args:
+        verifier: says how many answers to a prompt it compares (`group_size`).
+        prompts: what tells prompts apart, one per completion: their keys or themselves.
+
+    Raises:
+        UserError: a run is shorter or longer, because it spans processes or the group size is another.
+    """
+    size = verifier.group_size
+    if size == 1:
+        return
+    runs = [len(list(run)) for _, run in groupby(prompts)]
+    other = next((run for run in runs if run != size), None)
+    if other is not None:
+        raise UserError(
+            f"The reward '{verifier.column}' compares {size} answers to a prompt (group_size), but was given {other} "
+            "together: set group_size to num_generations, and choose per_device_train_batch_size × "
+            "steps_per_generation as a multiple of it, so that no group is split between processes."
+        )
+
+
 def load(name: str, options: Mapping[str, Any] | None = None) -> Verifier:
     """Build the verifier `name` with `options`.
 
@@ -211,7 +257,12 @@ def parse_options(kind: str, name: str, options_class: type[OptionsT], options: 
 class RewardFunction:
     """A verifier in the form TRL calls: `(prompts, completions, **columns) -> list[float | None]`.
 
-    Logs a `<name>_status` column in the completions table, and per call (TRL then averages over calls and processes):
+    TRL calls it in every process with that process' whole generation batch, the answers to a prompt beside one another.
+    A verifier that compares them (`group_size`) gets whole groups or an error: a process never sees another's answers.
+    Prompts are told apart by the column `key`, or by themselves where the rows have none.
+
+    Logs a `<name>_status` column in the completions table, where <name> is the verifier's `column`, and per call (TRL
+    then averages over calls and processes):
 
     - `rewards/<name>/failures`: share of completions with a failure of the infrastructure (`unparseable_gold`,
       `verifier_error`): no fault of the completion, and no reward;
@@ -226,7 +277,7 @@ class RewardFunction:
             verdicts fail teaches nothing. 1 never stops it.
 
     Raises:
-        UserError: when called, the rows lack a column, or more failed than may.
+        UserError: when called, the rows lack a column, a group is not whole, or more failed than may.
     """
 
     WINDOW: ClassVar[int] = 8
@@ -235,7 +286,7 @@ class RewardFunction:
     def __init__(self, verifier: Verifier, *, max_failures: float = MAX_FAILURES) -> None:
         self.verifier = verifier
         self.max_failures = max_failures
-        self.__name__ = verifier.name
+        self.__name__ = verifier.column
         self._recent: deque[tuple[int, int]] = deque(maxlen=self.WINDOW)
 
     def __call__(
@@ -246,19 +297,23 @@ class RewardFunction:
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        missing = [column for column in self.verifier.requires if column not in columns]
+        read = (*self.verifier.requires, *self.verifier.sampled)
+        if "prompt" in read:  # TRL keeps it apart from the columns
+            columns["prompt"] = prompts
+        missing = [column for column in read if column not in columns]
         if missing:
             raise UserError(
                 f"The reward '{self.verifier.name}' needs the data column '{missing[0]}', which the task rows lack: "
                 f"they have {', '.join(sorted(columns)) or 'none'}."
             )
-        rows = [{name: columns[name][i] for name in self.verifier.requires} for i in range(len(completions))]
+        require_whole_groups(self.verifier, columns.get("key", prompts))
+        rows = [{name: columns[name][i] for name in read} for i in range(len(completions))]
         verdicts = self.verifier.score(completions, rows)
         if log_extra is not None:
-            log_extra(f"{self.verifier.name}_status", [verdict.status for verdict in verdicts])
+            log_extra(f"{self.verifier.column}_status", [verdict.status for verdict in verdicts])
         if log_metric is not None and verdicts:
             for name, value in self._measured(verdicts).items():
-                log_metric(f"rewards/{self.verifier.name}/{name}", value)
+                log_metric(f"rewards/{self.verifier.column}/{name}", value)
         self._stop_if_most_fail(verdicts)
         return [verdict.reward for verdict in verdicts]
 

@@ -13,6 +13,13 @@ assignment, however it is hedged.
 Form `symbols`. The answer is what follows the last `=`, or everything: exactly one `K` or `N` per person, in order.
 
 The text goes through a tokenizer and one pass over the tokens; nothing backtracks.
+
+With `scale: logic_rl` the reward shapes: ±1 for the format, `<think>...</think><answer>...</answer>` as the reward
+`format` reads it, and 2 for the solution, −1.5 for another one, −2 where none can be read. An answer in a bad format is
+not read, so rewards are 3, −0.5, −1 and −3. Status and answer stay those of the assignment, and correctness a column of
+its own: give the reward twice, with and without the scale.
+
+Source of the scale: Logic-RL, arXiv 2502.14768. Differs: the format is checked by order and content of its parts.
 """
 
 from __future__ import annotations
@@ -20,9 +27,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-from posttrain.rewards import RewardOptions, Verdict, Verifier, after_thinking
+from pydantic import Field, model_validator
+
+from posttrain.rewards import RewardOptions, Verdict, Verifier, answer_part
+from posttrain.rewards import format as formats
 
 MAX_CHARS = 4000
 """Characters of an answer that are read; eight people need about 200."""
@@ -39,25 +50,60 @@ _HEDGES = frozenset({
 })  # fmt: skip
 _SENTENCE_ENDS = frozenset(".;:!?\n")
 
+_FORMAT = {True: 1.0, False: -1.0}
+_ANSWER = {"ok": 2.0, "wrong": -1.5, "no_answer": -2.0}
+
 
 class Options(RewardOptions):
     """Options of the reward `knights_knaves`."""
 
     form: Literal["words", "symbols"] = "words"
     """How an answer is written: English, or one letter per person."""
+    # Out of what a store or an evaluation remembers as long as they say nothing.
+    scale: Literal["logic_rl"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Logic-RL's scale of format and answer, a shaping reward; default: 1.0 for the solution and else 0.0."""
+    think_in_prompt: bool = Field(default=False, exclude_if=lambda value: value is False)
+    """Of the scale: the chat template puts `<think>` at the end of the prompt."""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Options:
+        if self.think_in_prompt and self.scale is None:
+            raise ValueError("think_in_prompt has no effect without scale: set scale or remove it")
+        if self.scale is not None and self.form == "symbols":
+            raise ValueError("scale asks for tags, and answers in symbols have none: set form to words or remove it")
+        return self
 
 
 class Reward(Verifier):
-    """1.0 when the answer is the row's `solution` (`K` or `N` for each of its `people`, in order), else 0.0."""
+    """1.0 when the answer is the row's `solution` (`K` or `N` for each of its `people`, in order), else 0.0.
+
+    With a scale, what that says.
+    """
 
     name = "knights_knaves"
     requires = ("people", "solution")
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.accuracy = options.scale is None
+        self._format = formats.Reward(formats.Options(think_in_prompt=options.think_in_prompt))
+
+    @property
+    def column(self) -> str:
+        """Its name, and behind it that of the scale."""
+        return self.name if self.options.scale is None else f"{self.name}_{self.options.scale}"
 
     def verify(self, completion: str, row: Mapping[str, Any]) -> Verdict:
         """Judge the assignment; `Verdict.answer` is one `K` or `N` per person, in the order of `people`."""
+        verdict = self._judged(completion, row)
+        if self.options.scale is None or verdict.reward is None:
+            return verdict
+        form = self._format.verify(completion, {})
+        if form.reward != 1.0:
+            return replace(verdict, reward=_FORMAT[False] + _ANSWER["no_answer"], detail=f"format: {form.detail}")
+        return replace(verdict, reward=_FORMAT[True] + _ANSWER[verdict.status])
+
+    def _judged(self, completion: str, row: Mapping[str, Any]) -> Verdict:
         people, solution = row["people"], row["solution"]
         if not _sound(people, solution):
             detail = f"people {people!r} and solution {solution!r} are not distinct names and one K or N for each"
@@ -77,7 +123,9 @@ class Reward(Verifier):
         return Verdict(1.0, "ok", answer) if answer == solution else Verdict(0.0, "wrong", answer)
 
     def gold(self, row: Mapping[str, Any]) -> str | None:
-        """The solution, in the form that is asked for."""
+        """The solution, in the form that is asked for; None with a scale, whose best reward is no 1.0."""
+        if self.options.scale is not None:
+            return None
         people: Any = row.get("people")
         solution: Any = row.get("solution")
         if not _sound(people, solution):
@@ -103,10 +151,7 @@ def _sound(people: Any, solution: Any) -> bool:
 
 def _extract(completion: str) -> str:
     """The end of the text that answers."""
-    text = after_thinking(completion) or ""
-    before, closed, _ = text.rpartition("</answer>")
-    _, opened, inside = before.rpartition("<answer>")
-    return (inside if closed and opened else text)[-MAX_CHARS:]
+    return answer_part(completion)[-MAX_CHARS:]
 
 
 def _tokens(text: str) -> list[str]:

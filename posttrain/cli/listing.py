@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib.util
 import shutil
 import textwrap
@@ -13,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+import posttrain
 from posttrain import recipe as recipes
 from posttrain import registry
 from posttrain.cli.console import print_yaml
@@ -59,7 +61,10 @@ def recipe_listing() -> typer.Typer:
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of a config or options class, as the source writes it; `default` includes its ` = `."""
+    """One field of a config or options class, as the source writes it; `default` includes its ` = `.
+
+    A name that a module of this package gives to a type or a value is replaced by what it stands for.
+    """
 
     name: str
     type: str
@@ -83,19 +88,62 @@ def settings_of(entry: registry.Entry) -> Iterator[Settings]:
         path = Path(spec.origin) if spec is not None and spec.origin else None
     if path is None:
         return
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    named = _named(module)
+    for node in module.body:
         if isinstance(node, ast.ClassDef) and entry.kind == "method" and node.name.endswith("Config"):
             bases = ", ".join(ast.unparse(base) for base in node.bases)
-            yield Settings(f"{node.name} adds or changes, over {bases}:", list(_fields(node)))
+            yield Settings(f"{node.name} adds or changes, over {bases}:", list(_fields(node, named)))
         elif isinstance(node, ast.ClassDef) and entry.kind != "method" and node.name == "Options":
-            yield Settings("Options:", list(_fields(node)))
+            yield Settings("Options:", list(_fields(node, named)))
 
 
-def _fields(owner: ast.ClassDef) -> Iterator[Setting]:
+def _named(module: ast.Module) -> dict[str, ast.expr]:
+    """What names at the top of a module stand for, those imported by name from this package included.
+
+    Only types that are not classes (`Annotated[...]`, `Literal[...]`, unions) and values that are written out: a class
+    is best called by its name.
+    """
+    found: dict[str, ast.expr] = {}
+    for node in module.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "posttrain":
+            source = _source(node.module or "")
+            there = {} if source is None else _assigned(ast.parse(source.read_text(encoding="utf-8")))
+            found |= {alias.asname or alias.name: there[alias.name] for alias in node.names if alias.name in there}
+    return found | _assigned(module)
+
+
+def _assigned(module: ast.Module) -> dict[str, ast.expr]:
+    found: dict[str, ast.expr] = {}
+    for node in module.body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        if isinstance(target, ast.Name) and isinstance(value, ast.Subscript | ast.BinOp | ast.Constant | ast.UnaryOp):
+            found[target.id] = value
+    return found
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module of this package, found without importing anything."""
+    stem = Path(posttrain.__file__).parent.joinpath(*module.split(".")[1:])
+    return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
+
+
+def _written_out(node: ast.expr, named: Mapping[str, ast.expr]) -> str:
+    """The source of a type or a value, with what its names stand for."""
+
+    class Replace(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.expr:
+            return named.get(node.id, node)
+
+    return ast.unparse(Replace().visit(copy.deepcopy(node)))
+
+
+def _fields(owner: ast.ClassDef, named: Mapping[str, ast.expr]) -> Iterator[Setting]:
     for node, following in zip(owner.body, [*owner.body[1:], None], strict=True):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
-        kind = ast.unparse(node.annotation)
+        kind = _written_out(node.annotation, named)
         if node.target.id.startswith("_") or kind.startswith("ClassVar"):
             continue
         text = _constant(following.value) if isinstance(following, ast.Expr) else ""
@@ -104,7 +152,7 @@ def _fields(owner: ast.ClassDef) -> Iterator[Setting]:
             given = {keyword.arg: keyword.value for keyword in default.keywords}
             text = text or _help(given.get("metadata"))
             default = given.get("default", given.get("default_factory", default.args[0] if default.args else None))
-        yield Setting(node.target.id, kind, f" = {ast.unparse(default)}" if default is not None else "", text)
+        yield Setting(node.target.id, kind, f" = {_written_out(default, named)}" if default is not None else "", text)
 
 
 def _help(metadata: ast.expr | None) -> str:
