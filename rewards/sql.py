@@ -1,18 +1,20 @@
 """SQL: the query returns on a SQLite database what the gold query returns there.
 
 The answer is the last closed ```sql block after the last `</think>`, or all of that text where there is no such block.
-The row names the database (`db`, a file) and the gold query (`answer`); the model never names a file.
+The row names the database (`db`, a file) and the gold query (`answer`); the model never names a file. `db` may also be
+a list of files with the same tables and other data: the results must be equal on all of them.
 
 `semantics` says when two results are equal: `bird` compares sets of rows (BIRD's execution accuracy), `bag` counts
 repeated rows, `ordered` compares lists. Columns count by position, not by name; 1 equals 1.0, and NULL equals NULL.
-Equal results on one database do not make equal queries: `SELECT 5` is correct wherever the gold answer is 5.
+Equal results on one database do not make equal queries: `SELECT 5` is correct wherever the gold answer is 5, unless
+the row names copies on which it is another.
 
 `partial_credit: columns_0.8` is the reward of DPH-RL for a query that runs and is not correct: 0.8 · min(1, c²/(n_gold
 n_pred)) for c matching columns. A gold column matches when the set of its values is the set of values of *some*
 predicted column: order, repetition and which values share a row do not matter, two gold columns may match the same
 predicted one, and an empty result has no columns. Only a correct query gets 1.0, so "reward = 1" stays the accuracy.
 Source: arXiv 2509.07430 and its released code. Differs: a query needs no block, spaces inside `> =` are an error, no
-MySQL function is rewritten, and the caps are ours.
+MySQL function is rewritten, the caps are ours, and on several databases it is the least of theirs.
 
 A query is model text, so it reads and does nothing else. The file is opened with `mode=ro&immutable=1`; an authoriser
 allows SELECT, column reads, recursion and a list of functions, and so no virtual tables and table functions; one
@@ -20,10 +22,10 @@ statement, without parameters; caps on text, values, expressions, rows and bytes
 files. Left out of the functions is what writes, loads code, is random, or lets one call run for seconds and is of no
 use for questions (`json_patch`). Nothing may write to the file during a run.
 
-A query's deadline, `timeout`, is looked at between SQLite's instructions and rows. What lies within one of them cannot
-be interrupted: `printf('%.*c', 1000000000, 'x')` (12 s), one sort of what is in memory (4 s), the preparation of a
-statement that SQLite expands, a read from a file system that hangs. So queries run in a worker process, which is killed
-half a second after the deadline. For a gold query, that is `unparseable_gold`.
+A query's deadline, `timeout`, holds for a row's databases together. It is looked at between SQLite's instructions
+and rows. What lies within one of them cannot be interrupted: `printf('%.*c', 1000000000, 'x')` (12 s), one sort of what
+is in memory (4 s), the preparation of a statement that SQLite expands, a read from a file system that hangs. So queries
+run in a worker process, which is killed half a second after the deadline. For a gold query, that is `unparseable_gold`.
 
 The memory limit is SQLite's own (`hard_heap_limit`), which holds for all connections of the worker.
 """
@@ -106,7 +108,7 @@ class Options(RewardOptions):
     partial_credit: Literal["none", "columns_0.8"] = "none"
     """Reward of a query that runs and is not correct: 0, or up to 0.8 for columns that match (DPH-RL)."""
     timeout: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 5.0
-    """Seconds for one query, the gold one included."""
+    """Seconds for one query on all databases of its row; as many for the gold one."""
     max_rows: Annotated[int, Field(gt=0)] = 100_000
     """Rows that a query may return, repeated ones included."""
     db_root: str | None = None
@@ -180,8 +182,9 @@ class Reward(Verifier):
         if not isinstance(gold_query, str) or not gold_query.strip():
             return Verdict(None, "unparseable_gold", detail=f"the gold query {gold_query!r:.200}")
         try:
-            database = self._database(row["db"])
-            gold = self._gold(database, gold_query)
+            databases = self._databases(row["db"])
+            until = monotonic() + self.options.timeout
+            golds = [self._gold(database, gold_query, until) for database in databases]
         except _Failure as failure:
             if failure.status == "verifier_error":
                 return Verdict(None, "verifier_error", detail=str(failure))
@@ -191,22 +194,39 @@ class Reward(Verifier):
         if not query:
             return Verdict(0.0, "no_answer")
         answer = " ".join(query[:MAX_QUERY].split())
-        try:
-            result = _run(database, query, self.options)
-        except _Failure as failure:
-            reward = None if failure.status == "verifier_error" else 0.0
-            return Verdict(reward, failure.status, answer, str(failure))
-        if _equal(gold, result, self.options.semantics):
-            return Verdict(1.0, "ok", answer)
-        reward = _columns_credit(gold, result) if self.options.partial_credit == "columns_0.8" else 0.0
-        return Verdict(reward, "wrong", answer, f"{len(result.rows)} rows, the gold query has {len(gold.rows)}")
+        credit: float | None = None
+        detail = ""
+        until = monotonic() + self.options.timeout
+        for database, gold in zip(databases, golds, strict=True):
+            try:
+                result = _run(database, query, self.options, until)
+            except _Failure as failure:
+                reward = None if failure.status == "verifier_error" else 0.0
+                return Verdict(reward, failure.status, answer, str(failure))
+            if _equal(gold, result, self.options.semantics):
+                continue
+            detail = detail or f"{len(result.rows)} rows, the gold query has {len(gold.rows)}"
+            if self.options.partial_credit == "none":
+                return Verdict(0.0, "wrong", answer, detail)
+            credit = min(0.8 if credit is None else credit, _columns_credit(gold, result))
+        return Verdict(1.0, "ok", answer) if credit is None else Verdict(credit, "wrong", answer, detail)
 
     def gold(self, row: Mapping[str, Any]) -> str | None:
         """The row's `answer` in a ```sql block."""
         return f"```sql\n{row['answer']}\n```"
 
+    def _databases(self, db: Any) -> list[Path]:
+        """The files of a row.
+
+        Raises:
+            _Failure: as `_database`, or there are none.
+        """
+        if isinstance(db, list) and not db:
+            raise _Failure("verifier_error", "db is an empty list, not the paths of files")
+        return [self._database(each) for each in db] if isinstance(db, list) else [self._database(db)]
+
     def _database(self, db: Any) -> Path:
-        """The file of a row.
+        """One file.
 
         Raises:
             _Failure: it does not exist, lies outside `db_root`, or misses what is still in its write-ahead log.
@@ -227,14 +247,14 @@ class Reward(Verifier):
             raise _Failure("verifier_error", f"the database {db!r:.200} ({error})") from None
         return path
 
-    def _gold(self, database: Path, query: str) -> _Result:
+    def _gold(self, database: Path, query: str, until: float) -> _Result:
         """The result of a gold query, kept for the next completion unless it depends on the clock."""
         key = database, query
         with self._lock:
             if key in self._golds:
                 self._golds.move_to_end(key)
                 return self._golds[key]
-        result = _run(database, query, self.options)
+        result = _run(database, query, self.options, until)
         if not _CLOCK.search(query):
             with self._lock:
                 self._golds[key] = result
@@ -273,15 +293,15 @@ def _columns_credit(gold: _Result, answer: _Result) -> float:
     return 0.8 * min(1.0, matching**2 / (len(gold.columns) * len(answer.columns)))
 
 
-def _run(database: Path, query: str, options: Options) -> _Result:
-    """The result of one query.
+def _run(database: Path, query: str, options: Options, until: float) -> _Result:
+    """The result of one query, which must be there at `until` (monotonic seconds).
 
     Raises:
         _Failure: there is none, and why.
     """
     if len(query) > MAX_QUERY:
         raise _Failure("resource", f"more than {MAX_QUERY} characters")
-    guard = _Guard(options.timeout)
+    guard = _Guard(until)
     try:
         with closing(_open(database, guard)) as connection:
             return _fetch(connection.execute(query.rstrip("; \t\r\n")), guard, options.max_rows)
@@ -351,10 +371,10 @@ def _trim(strip: Callable[[str, str], str]) -> Callable[[Any, Any], str | None]:
 
 
 class _Guard:
-    """What one query may do, and until when."""
+    """What one query may do, and until when (monotonic seconds)."""
 
-    def __init__(self, timeout: float) -> None:
-        self.deadline = monotonic() + timeout
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
         self.refusal: _Failure | None = None
         self._quadratic_calls = 0
 

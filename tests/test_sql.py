@@ -349,7 +349,7 @@ def test_an_attack_costs_nobody_else_the_verdict(database: Path) -> None:
 
 @pytest.mark.usefixtures("untouched")
 def test_even_without_the_authoriser_the_file_cannot_be_written(database: Path) -> None:
-    with closing(sql._open(database, sql._Guard(TIMEOUT))) as connection:
+    with closing(sql._open(database, sql._Guard(time.monotonic() + TIMEOUT))) as connection:
         connection.set_authorizer(None)
         for statement in ("DELETE FROM city", "CREATE TABLE evil (a)", "PRAGMA user_version = 7", "VACUUM"):
             with pytest.raises(sqlite3.OperationalError):
@@ -433,9 +433,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     queries: list[str] = []
     run = sql._run
 
-    def record(database: Path, query: str, options: sql.Options) -> sql._Result:
+    def record(database: Path, query: str, options: sql.Options, until: float) -> sql._Result:
         queries.append(query)
-        return run(database, query, options)
+        return run(database, query, options, until)
 
     monkeypatch.setattr(sql, "_run", record)
     return queries

@@ -33,10 +33,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
+from posttrain.http import Batch, Failure, Http
 from posttrain.recipe import Lora, Server
 from posttrain.rollouts.engine import EngineError, Images, Prompt, Sample, SamplingParams, Score, TokenIds
 from posttrain.rollouts.fingerprint import files_fingerprint
-from posttrain.rollouts.http import Batch, Failure, Http
 from posttrain.rollouts.tokens import encode
 from posttrain.rollouts.vllm_common import (
     answer_ends,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import io
+import ipaddress
 import json
 import select
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,22 +39,43 @@ class Http:
         self._idle: list[http.client.HTTPConnection] = []
         self._lock = threading.Lock()
 
-    def call(self, method: str, path: str, body: Any = None, *, timeout: float, batch: Batch | None = None) -> Any:
-        """The decoded answer; None for one that is not JSON."""
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        timeout: float,
+        batch: Batch | None = None,
+        headers: Mapping[str, str] | None = None,
+        limit: int | None = None,
+    ) -> Any:
+        """The decoded answer; None for one that is not JSON.
+
+        Args:
+            timeout: seconds for all of it: connecting, sending and reading, however slowly bytes arrive.
+            batch: the call of which this is one request.
+            headers: beside those that HTTP needs.
+            limit: bytes that an answer may have.
+
+        Raises:
+            Failure: there is no usable answer, and why.
+        """
         deadline = monotonic() + timeout
         data = None if body is None else json.dumps(body).encode()
+        headers = {**(headers or {}), **({"Content-Type": "application/json"} if data is not None else {})}
         connection = self._take()
         reused = connection.sock is not None
         try:
             try:
-                return self._exchange(connection, method, path, data, deadline, batch)
+                return self._exchange(connection, method, path, data, headers, deadline, batch, limit)
             except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
                 connection.close()
                 if not reused or (batch is not None and batch.stopped):
                     raise
                 # The server had closed it meanwhile, as servers do with idle connections: it never saw the request.
                 connection = self._new()
-                return self._exchange(connection, method, path, data, deadline, batch)
+                return self._exchange(connection, method, path, data, headers, deadline, batch, limit)
         except TimeoutError:
             connection.close()
             raise Failure(f"did not answer within {timeout:g} s") from None
@@ -68,23 +92,26 @@ class Http:
         method: str,
         path: str,
         data: bytes | None,
+        headers: Mapping[str, str],
         deadline: float,
         batch: Batch | None,
+        limit: int | None,
     ) -> Any:
-        connection.timeout = _left(deadline)
+        connection.timeout = left(deadline)
+        connection.response_class = partial(_Response, deadline)  # type: ignore[assignment]
         if connection.sock is None:
             connection.connect()
         sock: socket.socket = connection.sock
         with batch.using(sock) if batch is not None else contextlib.nullcontext():
-            sock.settimeout(_left(deadline))
-            headers = {"Content-Type": "application/json"} if data is not None else {}
+            sock.settimeout(left(deadline))
             connection.request(method, self._prefix + path, body=data, headers=headers)
-            sock.settimeout(_left(deadline))
             response = connection.getresponse()
-            pieces = []
+            pieces, size = [], 0
             while piece := response.read1(2**16):
                 pieces.append(piece)
-                sock.settimeout(_left(deadline))
+                size += len(piece)
+                if limit is not None and size > limit:
+                    raise Failure(f"answered {response.status} with more than {limit} bytes", response.status)
             content = b"".join(pieces)
             if response.length:
                 raise http.client.IncompleteRead(content, response.length)
@@ -94,7 +121,7 @@ class Http:
                 self._idle.append(connection)
         try:
             answer = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if response.status != 200:
             said = answer.get("error", answer) if isinstance(answer, dict) else None
@@ -122,6 +149,43 @@ class Http:
             for connection in self._idle:
                 connection.close()
             self._idle.clear()
+
+
+class DeadlineReader(io.RawIOBase):
+    """What a socket sends until `deadline` (monotonic seconds), however slowly: a socket's own timeout starts anew with
+    every byte."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self.deadline = deadline
+        self._sock = sock
+        self._source = sock.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        """Wait for some bytes.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+        """
+        self._sock.settimeout(left(self.deadline))
+        return self._source.readinto(buffer)
+
+    def close(self) -> None:
+        """Let go of the socket, which is another's to close."""
+        self._source.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """A response that must have come by a deadline."""
+
+    def __init__(self, deadline: float, sock: socket.socket, *arguments: Any, **named: Any) -> None:
+        super().__init__(sock, *arguments, **named)
+        self.fp.close()
+        self.fp = io.BufferedReader(DeadlineReader(sock, deadline))
 
 
 class Batch:
@@ -154,8 +218,21 @@ class Batch:
                     sock.shutdown(socket.SHUT_RDWR)
 
 
-def _left(deadline: float) -> float:
+def left(deadline: float) -> float:
+    """Seconds until a deadline.
+
+    Raises:
+        TimeoutError: it has passed.
+    """
     remaining = deadline - monotonic()
     if remaining <= 0:
         raise TimeoutError
     return remaining
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
