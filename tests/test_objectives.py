@@ -9,7 +9,7 @@ import torch
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from posttrain.objectives import distillation
+from posttrain.objectives import distillation, extraction, signals
 from posttrain.objectives.divergences import FORMS, js_policy_half, js_reference_half, token_divergence
 from posttrain.objectives.policy import clipped_surrogate, importance_ratio, kl_k2, kl_k3
 from posttrain.objectives.reduce import LOSS_TYPES, reduce, token_mean
@@ -44,6 +44,19 @@ def trrd(anchor: str) -> Objective:
     )
 
 
+def extract(name: str) -> Objective:
+    """Of one value per token; those of one value per answer are in tests/test_extraction.py."""
+    everywhere = torch.ones(ROWS, TOKENS)
+    return lambda logps, other, advantages: extraction.extraction_loss(
+        name, logps, other, everywhere, advantages, (advantages > 0).double()
+    )
+
+
+def learn(region: str) -> Objective:
+    """Signals are the other policy's log-probs, whatever they mean: they are negative, and differ by token."""
+    return lambda logps, other, _: signals.distillation_loss(logps - other, other, trust_region=region, kl_coef=0.5)
+
+
 OBJECTIVES: dict[str, Objective] = {
     "clipped_surrogate": surrogate(None),
     "clipped_surrogate_delta": surrogate(3.0),
@@ -53,6 +66,8 @@ OBJECTIVES: dict[str, Objective] = {
     "alpha": divergence("alpha", 0.5),
     **{f"distillation_{name}": distil(name) for name in distillation.SAMPLED_ESTIMATORS},
     **{f"trrd_{anchor}": trrd(anchor) for anchor in distillation.ANCHORS},
+    **{f"extract_{name}": extract(name) for name in extraction.PER_TOKEN},
+    **{f"distil_{region}": learn(region) for region in signals.TRUST_REGIONS},
     "js_reference_half": lambda logps, other, _: js_reference_half(logps - other),
     "js_policy_half": lambda logps, other, _: js_policy_half(logps - other, importance_ratio(logps, other)),
 }

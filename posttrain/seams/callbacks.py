@@ -21,6 +21,7 @@ _SHORT = {
     "mean_token_accuracy": "token accuracy",
     "pef/divergence": "L_pef",
     "kl": "kl",
+    "kl/forward": "kl",
     "completions/mean_length": "length",
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",

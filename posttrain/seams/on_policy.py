@@ -503,11 +503,15 @@ class OnPolicyTrainer(RenamedCheckpoints, GRPOTrainer):
 
     def _measure(self, measured: Sequence[tuple[str, Tensor, Tensor]], mode: str) -> None:
         """Log token means over all processes, in one collective; a metric without any token is not logged."""
-        sums = [torch.stack([(value.detach() * mask).sum(), mask.sum().float()]) for _, value, mask in measured]
-        totals = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
-        for (name, _, _), (total, count) in zip(measured, totals, strict=True):
+        for name, (total, count) in self._totals(measured).items():
             if count > 0:
                 self._metrics[mode][name].append(total / count)
+
+    def _totals(self, measured: Sequence[tuple[str, Tensor, Tensor]]) -> dict[str, tuple[float, float]]:
+        """The sum and the number of tokens of each metric over all processes."""
+        sums = [torch.stack([(value.detach() * mask).sum(), mask.sum().float()]) for _, value, mask in measured]
+        totals = self.accelerator.reduce(torch.stack(sums), reduction="sum").tolist()
+        return {name: (total, count) for (name, _, _), (total, count) in zip(measured, totals, strict=True)}
 
 
 _NEUTRAL: dict[str, tuple[Any, str]] = {
