@@ -1,8 +1,9 @@
 """What a recipe may say: a strict schema, `extends:` for bases, and `--set a.b=c` overrides. No torch, no TRL.
 
-A recipe is a YAML file that holds departures from the defaults. `load` reads it with its bases, applies overrides and
-validates; every mistake is one sentence that names the file, the key and the nearest known name. The arguments of the
-trainer (`method.args`) are checked in a second pass, against the trainer's own config class
+A recipe trains one method, and others beside it (`Recipe`), or says how stages follow one another
+(`posttrain.stages.StagedRecipe`). It is a YAML file that holds departures from the defaults. `load` reads it with its
+bases, applies overrides and validates; every mistake is one sentence that names the file, the key and the nearest known
+name. The arguments of the trainer (`method.args`) are checked in a second pass, against the trainer's own config class
 (`posttrain.launch.resolve`), because importing TRL takes seconds.
 """
 
@@ -16,12 +17,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from posttrain.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from posttrain.stages import StagedRecipe
 
 
 class Section(BaseModel):
@@ -341,7 +345,7 @@ class Teacher(Section):
     """The student as it is now, which reads a hint (self-distillation)."""
     by: str | None = None
     """The column of the task rows that names the one of `several` that teaches a row."""
-    several: dict[Label, Teacher] = Field(default_factory=dict)
+    several: Mapping[Label, Teacher] = Field(default_factory=dict)
     """Teachers by name, none of them made here."""
     hint: Hint | None = None
     template: Literal["student", "teacher"] | None = None
@@ -364,14 +368,17 @@ class Teacher(Section):
         """Whether it has no weights of its own."""
         return self.base or self.self
 
+    sources: ClassVar[tuple[str, ...]] = ("path", "warm_start", "base", "self", "several")
+    """Keys of which exactly one says what the teacher is."""
+    wanted: ClassVar[str] = (
+        "path (a model that exists), warm_start (one made here), base or self (the student), or several"
+    )
+    """The same in words."""
+
     @model_validator(mode="after")
     def _one_source(self) -> Teacher:
-        sources = (self.path is not None, self.warm_start is not None, self.base, self.self, bool(self.several))
-        if sum(sources) != 1:
-            raise ValueError(
-                "name exactly one source: path (a model that exists), warm_start (one made here), base or self (the "
-                "student), or several"
-            )
+        if sum(bool(getattr(self, name)) for name in self.sources) != 1:
+            raise ValueError(f"name exactly one source: {self.wanted}")
         if self.path is not None and self.method is not None:
             raise ValueError("method trains a teacher that is made here: remove it, or give warm_start instead of path")
         if self.warm_start is not None and self.revision is not None:
@@ -592,8 +599,8 @@ class Launch(Section):
         return self
 
 
-class Recipe(Section):
-    """One run, from the initial policy to the report."""
+class Common(Section):
+    """What every recipe says: the policy that it starts from, the task, and how answers are drawn and judged."""
 
     name: str
     seed: NonNegativeInt = 0
@@ -602,14 +609,38 @@ class Recipe(Section):
     task: Task
     rewards: list[Reward] = Field(default_factory=list)
     """Default: the verifier of the task, weight 1."""
-    method: Method
-    teacher: Teacher | None = None
-    """For methods that distil; evaluated beside them as `teacher`."""
     presample: Presample = Field(default_factory=Presample)
     pairs: Pairs = Field(default_factory=Pairs)
     rollout: Rollout = Field(default_factory=Rollout)
     evaluation: Evaluation = Field(default_factory=Evaluation)
     launch: Launch = Field(default_factory=Launch)
+
+    first: ClassVar[tuple[str, ...]] = ("name", "seed", "model", "task", "rewards")
+    """The sections that come first when a recipe is written."""
+
+    def digest(self) -> str:
+        """A hash of everything the recipe says (16 hex digits)."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every default written out."""
+        content = self.model_dump(mode="json")
+        content = {**{name: content[name] for name in self.first}, **content}
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def place(cls, location: list[str]) -> tuple[list[str], Iterator[str]]:
+        """A key that pydantic complains of as it is written, and the known keys of the section that it stands in."""
+        return location, fields_at(cls, location[:-1])
+
+
+class Recipe(Common):
+    """One run, from the initial policy to the report: a method, and others beside it."""
+
+    method: Method
+    teacher: Teacher | None = None
+    """For methods that distil; evaluated beside them as `teacher`."""
     baselines: list[Baseline] = Field(default_factory=list)
     """Methods that are trained and evaluated beside this one, on the same model, task and settings."""
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
@@ -617,6 +648,8 @@ class Recipe(Section):
     {method.args.beta: [0.03, 0.1], seed: [0, 1]}. Keys are method.args.NAME, seed, method.args with mappings of
     arguments that belong together, or method with mappings {name, prompts_per_step, args, called}, each of which takes
     over `method` as a baseline does. What else a recipe says is shared, so that all runs can be compared."""
+
+    first: ClassVar[tuple[str, ...]] = (*Common.first, "method", "teacher")
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Recipe:
@@ -716,15 +749,6 @@ class Recipe(Section):
         """The methods that the sweep lists, by label."""
         return {method.label: method for method in map(_method_of, self.sweep.get("method", []))}
 
-    def digest(self) -> str:
-        """A hash of everything the recipe says (16 hex digits)."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
-
-    def to_yaml(self) -> str:
-        """The resolved recipe: every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
 
 def _method_of(value: Any) -> Baseline:
     """One value of `sweep.method`.
@@ -760,12 +784,15 @@ _Loader.add_implicit_resolver(
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`, whose keys may be written again
+            continue
         key = loader.construct_object(key_node, deep=deep)
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key '{key}' is written twice", key_node.start_mark
             )
         seen.add(key)
+    loader.flatten_mapping(node)
     return dict(loader.construct_pairs(node, deep=deep))
 
 
@@ -830,16 +857,16 @@ def read(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"extends in {path} must be a path, or a list of them, got {named!r}.")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = _merge(merged, read(path.parent / base, (*_chain, path)))
-    return _merge(merged, content)
+        merged = merge(merged, read(path.parent / base, (*_chain, path)))
+    return merge(merged, content)
 
 
-def _merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """`change` over `base`, mapping by mapping; lists and scalars are replaced."""
     merged = dict(base)
     for key, value in change.items():
         below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
 
 
@@ -865,7 +892,7 @@ def override(content: dict[str, Any], assignments: Sequence[str]) -> dict[str, A
             node = node.get(part) if isinstance(node, dict) else None
             if node is not None and not isinstance(node, dict):
                 raise UserError(f"--set {keys}: '{'.'.join(parts[: depth + 1])}' is a value, not a section.")
-        content = _merge(content, change)
+        content = merge(content, change)
     return content
 
 
@@ -894,19 +921,29 @@ def spread(assignments: Sequence[str]) -> tuple[list[str], dict[str, list[Any]]]
 _TOP_LEVEL = re.compile(r"""((?:[^,\[\]{}"']|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*')+)""")
 
 
-def validate(content: Mapping[str, Any], source: str) -> Recipe:
-    """Check a mapping against the schema.
+def validate(content: Mapping[str, Any], source: str) -> Recipe | StagedRecipe:
+    """Check a mapping against the schema: that of stages where it has some.
 
     Raises:
         UserError: the first mistake, with its key, what was wanted and the nearest known name.
     """
+    schema: type[Recipe | StagedRecipe] = Recipe
+    if "stages" in content:
+        from posttrain.stages import StagedRecipe
+
+        if "method" in content:
+            raise UserError(
+                f"{source}: method is one training run and stages are several, and a recipe has one of the two: remove "
+                "method, or stages."
+            )
+        schema = StagedRecipe
     try:
-        return Recipe(**content)
+        return schema(**content)
     except ValidationError as error:
-        raise UserError(_sentence(error, source)) from None
+        raise UserError(_sentence(error, source, schema)) from None
 
 
-def load(reference: str, assignments: Sequence[str] = ()) -> Recipe:
+def load(reference: str, assignments: Sequence[str] = ()) -> Recipe | StagedRecipe:
     """Find, read, override and validate a recipe.
 
     Raises:
@@ -916,23 +953,28 @@ def load(reference: str, assignments: Sequence[str] = ()) -> Recipe:
     return validate(override(read(path), assignments), path.name)
 
 
-def _sentence(error: ValidationError, source: str) -> str:
+def _sentence(error: ValidationError, source: str, schema: type[Common]) -> str:
     problems = error.errors()
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    location = [str(part) for part in first["loc"]]
+    location, known = schema.place([str(part) for part in first["loc"]])
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        return f"{source}: unknown key '{key}'{did_you_mean(location[-1], _fields_at(location[:-1]))}"
+        return f"{source}: unknown key '{key}'{did_you_mean(location[-1], known)}"
     if first["type"] == "missing":
         return f"{source}: the key '{key}' is missing."
+    if first["type"] == "union_tag_invalid":
+        steps = re.findall(r"'(\w+)'", first["ctx"]["expected_tags"])
+        tag = first["ctx"]["tag"]
+        return f"{source}: {key}.do: there is no step '{tag}'{did_you_mean(tag, steps)}"
+    if first["type"] == "union_tag_not_found":
+        return f"{source}: {key} says neither what to do (do) nor which method to train: add one of them."
     message = first["msg"].removeprefix("Value error, ")
     found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
     return f"{source}: {key or 'recipe'}: {message[0].lower()}{message[1:]}{found}."
 
 
-def _fields_at(location: Sequence[str]) -> Iterator[str]:
-    """Known keys of the section at a location in the schema."""
-    section: type[BaseModel] = Recipe
+def fields_at(section: type[BaseModel], location: Sequence[str]) -> Iterator[str]:
+    """Known keys of the section at a location below another one."""
     for part in location:
         field = section.model_fields.get(part)
         if field is None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from posttrain.rewards import RewardOptions, Verdict, Verifier, after_thinking
+from posttrain.rewards import RewardOptions, Verdict, Verifier, answer_part
 
 MAX_CHARS = 4000
 """Characters of an answer that are read, the last ones."""
@@ -55,10 +55,7 @@ class Reward(Verifier):
         return None if row["answer"] is None else f"{self.options.after or ''}{row['answer']}"
 
     def _extract(self, completion: str) -> str:
-        text = after_thinking(completion) or ""
-        before, closed, _ = text.rpartition("</answer>")
-        _, opened, inside = before.rpartition("<answer>")
-        answer = inside if closed and opened else text
+        answer = answer_part(completion)
         return (answer.rpartition(self.options.after)[2] if self.options.after else answer)[-MAX_CHARS:]
 
     def _normalised(self, text: str) -> str:

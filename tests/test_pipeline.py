@@ -185,6 +185,13 @@ def test_missing_and_empty_data_are_one_sentence(tmp_path: Path, content: str | 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_reward_that_compares_other_groups_is_refused_before_anything(tmp_path: Path) -> None:
+    options = {"shape": "group_relative", "group_size": 8, "verifier": "countdown"}
+    path = write(tmp_path, {"rewards": [{"name": "countdown"}, {"name": "length", "options": options}]})
+    with pytest.raises(UserError, match="compares 8 answers to a prompt .* draws 4 .*: make the two agree"):
+        pipeline.prepare(recipes.load(str(path)))
+
+
 def test_store_without_anything_to_rehearse_is_refused_before_training(tmp_path: Path) -> None:
     path = write(tmp_path)
     recipe = recipes.load(str(path), ["model.warm_start.steps=2"])

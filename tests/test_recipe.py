@@ -13,6 +13,7 @@ import yaml
 from posttrain import recipe as recipes
 from posttrain import registry
 from posttrain.errors import UserError
+from posttrain.stages import Node, StagedRecipe, Trained
 
 MINIMAL = """
 name: minimal
@@ -223,6 +224,18 @@ def test_the_resolved_recipe_is_a_recipe(write: Write) -> None:
 # ------------------------------------------------------------------ the recipes that we ship
 
 
+def trained(recipe: StagedRecipe) -> list[Node]:
+    """The nodes that train."""
+    return [node for node in recipe.nodes.values() if isinstance(node.stage, Trained)]
+
+
+def methods_of(recipe: recipes.Recipe | StagedRecipe) -> list[recipes.Method | recipes.Baseline]:
+    """Whatever a recipe trains."""
+    if isinstance(recipe, StagedRecipe):
+        return [stage.method for stage in recipe.stages.values() if isinstance(stage, Trained)]
+    return [recipe.method, *recipe.baselines]
+
+
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_opens_with_its_command_and_what_it_is(name: str) -> None:
     command, summary, *_ = recipes.names()[name].read_text(encoding="utf-8").splitlines()
@@ -233,13 +246,14 @@ def test_every_recipe_opens_with_its_command_and_what_it_is(name: str) -> None:
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_is_valid_and_names_what_exists(name: str) -> None:
     recipe = recipes.load(name)
-    assert recipe.method.name == name.partition("/")[0]
+    methods = [method.name for method in methods_of(recipe)]
+    assert name.partition("/")[0] in methods
     registry.entry("task", recipe.task.name)
     for reward in recipe.rewards:
         if reward.name is not None:
             registry.entry("reward", reward.name)
-    for baseline in recipe.baselines:
-        registry.entry("method", baseline.name)
+    for method in methods:
+        registry.entry("method", method)
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -270,9 +284,11 @@ def test_every_recipe_passes_the_second_check(name: str) -> None:
     """What `posttrain check` does after the schema: the arguments against the trainer's own config class."""
     from posttrain.launch.resolve import resolve
 
-    resolved = resolve(recipes.load(name))
-    batch = resolved.batch
-    assert batch.world * batch.per_device * batch.accumulation == batch.prompts * batch.generations
+    recipe = recipes.load(name)
+    several = [recipe] if isinstance(recipe, recipes.Recipe) else [recipe.plain(node) for node in trained(recipe)]
+    for each in several:
+        batch = resolve(each).batch
+        assert batch.world * batch.per_device * batch.accumulation == batch.prompts * batch.generations
 
 
 def test_recipes_can_be_copied_out_and_run_from_elsewhere(tmp_path: Path) -> None:

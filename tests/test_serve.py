@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 
 from posttrain.cli import app
 from posttrain.errors import UserError
+from posttrain.http import is_loopback
 from posttrain.launch import serve
-from posttrain.launch.serve import ServerProcess, environment, is_loopback, last_words, members
+from posttrain.launch.serve import ServerProcess, environment, last_words, members
 from posttrain.launch.warm_start import character_tokenizer, small_model
 from posttrain.recipe import Lora, Rollout, Server, Vllm, WarmStart
 from posttrain.rollouts.engine import EngineError, SamplingParams

@@ -34,7 +34,9 @@ def scores(task: tasks.BaseTask, answers: list[str], rows: list[Row]) -> list[fl
     return [verdict.reward for verdict in rewards.load(*task.verifier).score(answers, rows)]
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "code", "countdown", "files", "hub", "knights_knaves", "preferences", "text2sql"])
+@pytest.mark.parametrize(
+    "name", ["arithmetic", "code", "countdown", "files", "hub", "knights_knaves", "preferences", "text2sql"]
+)
 def test_tasks_are_listed_with_a_summary(name: str) -> None:
     assert len(registry.entry("task", name).summary) > 20
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import posttrain
-from posttrain.cli import check, evaluate, pairs, presample, run, serve, sweep
+from posttrain.cli import check, doctor, evaluate, pairs, presample, run, score, serve, serve_rewards, status, sweep
 from posttrain.cli.console import Group, prepare
 from posttrain.cli.listing import listing, recipe_listing
 
@@ -36,15 +36,19 @@ LOOK = "Look around"
 
 app.command("run", rich_help_panel=TRAIN)(run.command)
 app.command("sweep", rich_help_panel=TRAIN, epilog=sweep.EXAMPLES)(sweep.command)
+app.command("status", rich_help_panel=TRAIN)(status.command)
 app.command("check", rich_help_panel=TRAIN)(check.command)
 app.command("presample", rich_help_panel=TRAIN)(presample.command)
 app.command("pairs", rich_help_panel=TRAIN, epilog=pairs.EXAMPLES)(pairs.command)
 app.command("evaluate", rich_help_panel=TRAIN)(evaluate.command)
+app.command("score", rich_help_panel=TRAIN, epilog=score.EXAMPLES)(score.command)
 app.command("serve", rich_help_panel=TRAIN, epilog=serve.EXAMPLES)(serve.command)
+app.command("serve-rewards", rich_help_panel=TRAIN, epilog=serve_rewards.EXAMPLES)(serve_rewards.command)
 app.add_typer(recipe_listing(), name="recipes", help="List the recipes; show NAME prints one.", rich_help_panel=LOOK)
 app.add_typer(listing("method"), name="methods", help="List the methods; show NAME explains one.", rich_help_panel=LOOK)
 app.add_typer(listing("reward"), name="rewards", help="List the rewards; show NAME explains one.", rich_help_panel=LOOK)
 app.add_typer(listing("task"), name="tasks", help="List the tasks; show NAME explains one.", rich_help_panel=LOOK)
+app.add_typer(doctor.app, name="doctor", help="What this machine can do, and what it lacks.", rich_help_panel=LOOK)
 
 
 def _print_version(asked: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from posttrain.cli.console import reported
-from posttrain.cli.run import RecipeArgument, SetOption, command_line, read
+from posttrain.cli.run import RecipeArgument, SetOption, command_line, read_plain
 
 
 def command(
@@ -32,7 +32,7 @@ def command(
     ] = None,
 ) -> None:
     """Evaluate a policy on a recipe's held-out prompts: pass@k with intervals, and diversity."""
-    loaded = read(recipe, assignments)
+    loaded = read_plain("evaluate", recipe, assignments)
     folder = output_dir or Path("runs") / f"evaluate-{loaded.name}-{Path(model).name if model else 'base'}"
     line = command_line("evaluate", recipe, assignments, output_dir)
     policy = f" --model {shlex.quote(model)}" if model else ""

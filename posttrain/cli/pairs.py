@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from posttrain.cli.console import reported
-from posttrain.cli.run import RecipeArgument, SetOption, command_line, default_output_dir, read
+from posttrain.cli.run import RecipeArgument, SetOption, command_line, default_output_dir, read_plain
 
 EXAMPLES = """Examples
 
@@ -46,7 +46,7 @@ def command(
 
     Says what became of every prompt and prints the folder; its pairs.parquet is in TRL's preference format.
     """
-    loaded = read(recipe, assignments)
+    loaded = read_plain("pairs", recipe, assignments)
     line = command_line("pairs", recipe, assignments, output_dir)
     if store is not None:
         line += f" --store {shlex.quote(str(store))}"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from posttrain.cli.console import reported
-from posttrain.cli.run import RecipeArgument, SetOption, command_line, default_output_dir, read
+from posttrain.cli.run import RecipeArgument, SetOption, command_line, default_output_dir, read_plain
 
 
 def command(
@@ -25,7 +25,7 @@ def command(
 
     posttrain run does this by itself; here it can be done ahead, and looked at. Prints the folder of the store.
     """
-    loaded = read(recipe, assignments)
+    loaded = read_plain("presample", recipe, assignments)
     line = command_line("presample", recipe, assignments, output_dir)
     with reported(f"interrupted; continue with: {line}"):
         from posttrain.launch import pipeline

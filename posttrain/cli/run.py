@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +14,10 @@ import typer
 from posttrain import recipe as recipes
 from posttrain import registry, rewards, tasks
 from posttrain.cli.console import Command, prepare, reported
+from posttrain.errors import UserError
 from posttrain.launch.spawn import accelerate_command, configuration, needs_launcher
 from posttrain.recipe import Recipe
+from posttrain.stages import StagedRecipe, Trained
 
 RecipeArgument = Annotated[
     str,
@@ -43,6 +45,19 @@ OutputOption = Annotated[
         show_default="runs/METHOD-RECIPE",
     ),
 ]
+FromOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="STAGE",
+        help="Make this stage and all that depends on it anew; what was there is moved aside.",
+        show_default=False,
+    ),
+]
+UntilOption = Annotated[
+    str | None,
+    typer.Option("--until", metavar="STAGE", help="Do what this stage needs, and stop after it.", show_default=False),
+]
 ResumeOption = Annotated[
     bool,
     typer.Option("--resume", help="Go on where an earlier run in the same folder stopped; a new one starts afresh."),
@@ -54,28 +69,56 @@ def command(
     assignments: SetOption = None,
     output_dir: OutputOption = None,
     resume: ResumeOption = False,
+    first: FromOption = None,
+    until: UntilOption = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show the stages and how far each is, and do nothing.")] = False,
 ) -> None:
     """Run a recipe: make the initial policy, pre-sample, train, evaluate and compare.
 
     A recipe that asks for several processes, or names a launch configuration, is started through accelerate.
+
+    A recipe of stages goes on where it was stopped, with and without --resume; only what was edited is done again.
     """
-    start(recipe, assignments, output_dir, resume, command_line("run", recipe, assignments, output_dir))
+    line = command_line("run", recipe, assignments, output_dir)
+    if plan:
+        loaded = read(recipe, assignments)
+        _require_stages(loaded, {"--plan": plan})
+        if isinstance(loaded, StagedRecipe):
+            from posttrain.cli.status import show_plan
+
+            show_plan(loaded, output_dir or default_output_dir(loaded))
+        return
+    start(recipe, assignments, output_dir, resume, line, first=first, until=until)
 
 
-def start(recipe: str, assignments: Sequence[str] | None, output_dir: Path | None, resume: bool, line: str) -> None:
+def start(
+    recipe: str,
+    assignments: Sequence[str] | None,
+    output_dir: Path | None,
+    resume: bool,
+    line: str,
+    *,
+    first: str | None = None,
+    until: str | None = None,
+) -> None:
     """Run a recipe in this process, or in several that accelerate starts; `line` is what the user typed."""
     loaded = read(recipe, assignments)
+    _require_stages(loaded, {"--from": first, "--until": until})
     if not needs_launcher(loaded.launch):
-        _run(loaded, output_dir, resume, line)
+        _run(loaded, output_dir, resume, line, first, until)
         return
-    arguments = accelerate_command(
-        loaded, output_dir or default_output_dir(loaded), resume, [recipe, *set_arguments(assignments)]
-    )
+    own = [recipe, *set_arguments(assignments), *_stage_arguments(first, until)]
+    arguments = accelerate_command(loaded, output_dir or default_output_dir(loaded), resume, own)
     from posttrain.launch.resolve import require_devices, resolve
 
-    resolve(loaded)  # a mistake in method.args is one sentence here, and one traceback per process there
+    if isinstance(loaded, Recipe):
+        resolve(loaded)  # a mistake in method.args is one sentence here, and one traceback per process there
+    else:
+        from posttrain.launch.staged import resolved_stages
+
+        resolved_stages(loaded)
     require_devices(loaded)
-    with reported(f"interrupted; continue with: {line} --resume"):
+    with reported(_interrupted(loaded, line, until)):
         raise typer.Exit(_wait_for(arguments))
 
 
@@ -84,17 +127,56 @@ def in_process(
     assignments: SetOption = None,
     output_dir: OutputOption = None,
     resume: ResumeOption = False,
+    first: FromOption = None,
+    until: UntilOption = None,
 ) -> None:
     """Run a recipe in this very process, which may be one of several that a launcher started."""
-    _run(read(recipe, assignments), output_dir, resume, command_line("run", recipe, assignments, output_dir))
+    line = command_line("run", recipe, assignments, output_dir)
+    loaded = read(recipe, assignments)
+    _require_stages(loaded, {"--from": first, "--until": until})
+    _run(loaded, output_dir, resume, line, first, until)
 
 
-def _run(loaded: Recipe, output_dir: Path | None, resume: bool, line: str) -> None:
+def _run(
+    loaded: Recipe | StagedRecipe,
+    output_dir: Path | None,
+    resume: bool,
+    line: str,
+    first: str | None = None,
+    until: str | None = None,
+) -> None:
     # Among several processes the launcher speaks, not each of its workers.
-    with reported("" if "RANK" in os.environ else f"interrupted; continue with: {line} --resume"):
-        from posttrain.launch import pipeline
+    with reported("" if "RANK" in os.environ else _interrupted(loaded, line, until)):
+        folder = output_dir or default_output_dir(loaded)
+        if isinstance(loaded, Recipe):
+            from posttrain.launch import pipeline
 
-        pipeline.run(loaded, output_dir or default_output_dir(loaded), resume=resume, command=line)
+            pipeline.run(loaded, folder, resume=resume, command=line)
+        else:
+            from posttrain.launch import staged
+
+            staged.run(loaded, folder, command=line, first=first, until=until)
+
+
+def _interrupted(loaded: Recipe | StagedRecipe, line: str, until: str | None) -> str:
+    if isinstance(loaded, Recipe):
+        return f"interrupted; continue with: {line} --resume"
+    return f"interrupted; continue with: {shlex.join([*shlex.split(line), *_stage_arguments(None, until)])}"
+
+
+def _stage_arguments(first: str | None, until: str | None) -> list[str]:
+    return [part for name, value in (("--from", first), ("--until", until)) if value for part in (name, value)]
+
+
+def _require_stages(loaded: Recipe | StagedRecipe, options: Mapping[str, object]) -> None:
+    """Refuse options of stages where a recipe has none.
+
+    Raises:
+        UserError: one of them is given.
+    """
+    given = next((name for name, value in options.items() if value), None)
+    if given is not None and isinstance(loaded, Recipe):
+        raise UserError(f"{given} is for recipes of stages, and '{loaded.name}' has none: leave it out.")
 
 
 def main_in_process() -> None:
@@ -105,14 +187,33 @@ def main_in_process() -> None:
     app(prog_name="python -m posttrain.train")
 
 
-def read(reference: str, assignments: Sequence[str] | None) -> Recipe:
+def read_plain(verb: str, reference: str, assignments: Sequence[str] | None) -> Recipe:
+    """`read` for verbs about one method.
+
+    Raises:
+        UserError: as `read`, or the recipe is one of stages.
+    """
+    recipe = read(reference, assignments)
+    if isinstance(recipe, StagedRecipe):
+        raise UserError(
+            f"posttrain {verb} takes a recipe of one method, and '{recipe.name}' has stages: run its stages with "
+            "posttrain run, with --until where you want to stop."
+        )
+    return recipe
+
+
+def read(reference: str, assignments: Sequence[str] | None) -> Recipe | StagedRecipe:
     """Load a recipe and look up what it names: all that can be checked without the trainer's library and any data.
 
     Raises:
         UserError: anything in it is wrong; the message names the nearest known name.
     """
     recipe = recipes.load(reference, assignments or ())
-    for method in (recipe.method.name, *(baseline.name for baseline in recipe.baselines)):
+    if isinstance(recipe, Recipe):
+        methods = [recipe.method.name, *(baseline.name for baseline in recipe.baselines)]
+    else:
+        methods = [stage.method.name for stage in recipe.stages.values() if isinstance(stage, Trained)]
+    for method in methods:
         registry.entry("method", method)
     configuration(recipe)
     verifier = tasks.load(recipe.task.name, recipe.task.options).verifier
@@ -124,8 +225,10 @@ def read(reference: str, assignments: Sequence[str] | None) -> Recipe:
     return recipe
 
 
-def default_output_dir(recipe: Recipe) -> Path:
-    """`runs/<method>-<recipe name>`, below the working directory; a sweep has a folder of its own."""
+def default_output_dir(recipe: Recipe | StagedRecipe) -> Path:
+    """`runs/<method>-<recipe name>`, below the working directory; a sweep and stages have folders of their own."""
+    if isinstance(recipe, StagedRecipe):
+        return Path("runs") / f"stages-{recipe.name}"
     return Path("runs") / f"{'sweep-' if recipe.sweep else ''}{recipe.method.name}-{recipe.name}"
 
 

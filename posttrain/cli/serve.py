@@ -89,7 +89,8 @@ def command(
     The server can sample, score and take new weights. Start it, put the lines that it prints into a recipe, and run the
     recipe from another terminal.
     """
-    from posttrain.launch.serve import ServerProcess, is_loopback
+    from posttrain.http import is_loopback
+    from posttrain.launch.serve import ServerProcess
     from posttrain.recipe import Lora, Vllm
 
     settings = Vllm(

@@ -10,7 +10,7 @@ import typer
 
 from posttrain import recipe as recipes
 from posttrain.cli.console import reported
-from posttrain.cli.run import RecipeArgument, ResumeOption, command_line, read, start
+from posttrain.cli.run import RecipeArgument, ResumeOption, command_line, read_plain, start
 from posttrain.errors import UserError
 
 EXAMPLES = """Examples
@@ -58,7 +58,7 @@ def command(
         single, several = recipes.spread(assignments or ())
         if several:
             single.append(f"sweep={json.dumps(several)}")
-        if not read(recipe, single).sweep:
+        if not read_plain("sweep", recipe, single).sweep:
             raise UserError(
                 "There is nothing to sweep: give a setting several values, as in --set method.args.beta=0.03,0.1,0.3."
             )

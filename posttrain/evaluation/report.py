@@ -60,6 +60,7 @@ def write_report(
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     command: str,
     curves: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Write the report, whole or not at all.
 
@@ -72,6 +73,7 @@ def write_report(
         histories: `log_history` of each run's trainer, by label; runs without one are left out of the plots.
         command: what reproduces the run.
         curves: titles of logged metrics that are drawn beside `figures.CURVES`, by name.
+        notes: sentences on the run itself, which stand before those on its numbers.
     """
     import jinja2
 
@@ -86,7 +88,7 @@ def write_report(
         title=title,
         subtitle=f"Task {comparison.task} · {comparison.problems:,} problems · {comparison.n:,} answers each · "
         f"temperature {comparison.sampling['temperature']:g} · top-p {comparison.sampling['top_p']:g}",
-        sentences=verdict(comparison),
+        sentences=[*notes, *verdict(comparison)],
         names=names,
         styles=styles | {run: styles[name] for name, pool in comparison.pools.items() for run in pool.runs},
         lined=any(style.dash for style in styles.values()),

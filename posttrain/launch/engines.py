@@ -121,13 +121,17 @@ class Engines:
                 self._switch(path)
             yield self._engine
 
-    def for_training(self) -> Any:
-        """The engine for a trainer, which sends its own weights; None when the policy generates by itself."""
+    def for_training(self, start: str) -> Any:
+        """The engine for a trainer, which sends its own weights; None when the policy generates by itself.
+
+        Args:
+            start: path or hub name of the policy that it trains.
+        """
         if self.recipe.rollout.engine == "transformers":
             return None
         self._start()
-        if self.recipe.rollout.lora_sync == "adapter" and self._holds != self.initial:
-            self._switch(self.initial)  # what the adapters are trained beside
+        if self.recipe.rollout.lora_sync == "adapter" and self._holds != start:
+            self._switch(start)  # what the adapters are trained beside
         self._holds = None
         return self._engine
 

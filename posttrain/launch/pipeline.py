@@ -17,10 +17,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -36,10 +36,42 @@ from posttrain.launch.provenance import provenance
 from posttrain.launch.resolve import Resolved, every_run, require_readable, resolve, trainer_config
 from posttrain.launch.spawn import configuration
 from posttrain.launch.workers import Workers, launched
-from posttrain.recipe import Lora, Recipe, Teacher, WarmStart
+from posttrain.recipe import Common, Lora, Recipe, Teacher, WarmStart
+from posttrain.stages import Validation
 from posttrain.versions import untested
 
 BASE, TEACHER = "base", "teacher"
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Common)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A task with its rows, and what decides whether an answer is correct."""
+
+    task: tasks.BaseTask
+    verifier: rewards.Verifier | None
+    """None for preference data."""
+    train_rows: list[tasks.Row]
+    eval_rows: list[tasks.Row]
+    """All that are held out."""
+
+
+def questions(recipe: Common) -> Questions:
+    """Load a recipe's task.
+
+    Raises:
+        UserError: it lacks rows, or columns that its verifier needs.
+    """
+    task = tasks.load(recipe.task.name, recipe.task.options)
+    verifier = rewards.load(*task.verifier) if task.verifier is not None else None
+    train_rows, eval_rows = task.rows("train"), task.rows("eval")
+    if not train_rows or not eval_rows:
+        raise UserError(
+            f"The task '{task.name}' has {len(train_rows)} training and {len(eval_rows)} evaluation rows: both are "
+            "needed; change its options."
+        )
+    return Questions(task, verifier, train_rows, eval_rows)
 
 
 @dataclass(frozen=True)
@@ -58,6 +90,8 @@ class Job:
     """How the teacher is trained, where the recipe makes and trains one."""
     further: dict[str, FurtherTask]
     """Other tasks that every policy is evaluated on, by name."""
+    validation: Validation | None = None
+    """How training rows were set aside, which the task does not give any more."""
 
     @property
     def makes_pairs(self) -> bool:
@@ -98,24 +132,39 @@ def prepare(recipe: Recipe) -> Job:
         UserError: anything is wrong with the recipe, its task, its rewards, its teacher or its baselines.
     """
     runs = {label: resolve(other) for label, other in every_run(recipe).items()}
+    static = next((label for label, resolved in runs.items() if resolved.takes_static), None)
+    if static is not None:
+        raise UserError(
+            f"The run '{static}' learns from fixed rollouts, which stages make: write a recipe of stages, as "
+            "`posttrain recipes show erpd/countdown` does."
+        )
+    return checked(recipe, runs)
+
+
+def checked(recipe: Recipe, runs: dict[str, Resolved], loaded: Questions | None = None) -> Job:
+    """The job of a recipe whose runs are resolved.
+
+    Args:
+        recipe: that is checked.
+        runs: what is trained, by label; nothing where answers are drawn or judged alone.
+        loaded: the task, where it is loaded already.
+
+    Raises:
+        UserError: as `prepare`.
+    """
     teacher = teaching.resolve_teacher(recipe, runs)
     require_readable(recipe.model)
-    task = tasks.load(recipe.task.name, recipe.task.options)
-    verifier = rewards.load(*task.verifier) if task.verifier is not None else None
-    train_rows, eval_rows = task.rows("train"), task.rows("eval")
-    if not train_rows or not eval_rows:
-        raise UserError(
-            f"The task '{task.name}' has {len(train_rows)} training and {len(eval_rows)} evaluation rows: both are "
-            "needed; change its options."
-        )
-    eval_rows = tasks.choose(eval_rows, recipe.evaluation.prompts, seed=recipe.evaluation.seed)
+    loaded = loaded or questions(recipe)
+    task, verifier, train_rows = loaded.task, loaded.verifier, loaded.train_rows
+    eval_rows = tasks.choose(loaded.eval_rows, recipe.evaluation.prompts, seed=recipe.evaluation.seed)
     if verifier is not None:
         _require_columns(verifier, train_rows[0], task.name)
-    if not all(resolved.takes_pairs or resolved.takes_answers for resolved in runs.values()):
+    if not all(resolved.takes_pairs or resolved.takes_answers or resolved.takes_static for resolved in runs.values()):
         functions = reward_functions(recipe, task)
         for reward in functions:
             if isinstance(reward, rewards.RewardFunction):
                 _require_columns(reward.verifier, train_rows[0], task.name)
+                _require_groups(reward.verifier, runs)
         for resolved in runs.values():
             if hasattr(resolved.trainer_class, "require_rewards"):
                 resolved.trainer_class.require_rewards(resolved.probe, functions)
@@ -144,12 +193,13 @@ def _require_text(recipe: Recipe, task: tasks.BaseTask, runs: Mapping[str, Resol
     """
     if not task.images:
         return
-    pupil = next((label for label, resolved in runs.items() if resolved.takes_pairs), None)
-    if pupil is not None:
-        raise UserError(
-            f"The run '{pupil}' learns from pairs of tokens alone, and prompts of the task '{task.name}' hold images: "
-            "take another method."
-        )
+    for label, resolved in runs.items():
+        if resolved.takes_pairs or resolved.takes_static:
+            what = "pairs of tokens" if resolved.takes_pairs else "stored tokens"
+            raise UserError(
+                f"The run '{label}' learns from {what} alone, and prompts of the task '{task.name}' hold images: take "
+                "another method."
+            )
     for measure in ("divergence", "calibration"):
         if getattr(recipe.evaluation, measure) is not None:
             raise UserError(
@@ -199,6 +249,21 @@ def _require_answers(job: Job) -> None:
         )
 
 
+def _require_groups(verifier: rewards.Verifier, runs: Mapping[str, Resolved]) -> None:
+    """Refuse a reward that compares more or fewer answers than a run draws to a prompt.
+
+    Raises:
+        UserError: so it does.
+    """
+    for label, resolved in runs.items():
+        drawn = getattr(resolved.probe, "num_generations", None)
+        if verifier.group_size > 1 and drawn is not None and drawn != verifier.group_size:
+            raise UserError(
+                f"The reward '{verifier.column}' compares {verifier.group_size} answers to a prompt (group_size), and "
+                f"the run '{label}' draws {drawn} (num_generations): make the two agree."
+            )
+
+
 def _require_columns(verifier: rewards.Verifier, row: tasks.Row, task: str) -> None:
     missing = [column for column in verifier.requires if column not in row]
     if missing:
@@ -235,7 +300,7 @@ def reward_functions(recipe: Recipe, task: tasks.BaseTask) -> list[Callable[...,
     return found
 
 
-def _started(recipe: Recipe, world: int) -> Recipe:
+def started(recipe: AnyRecipe, world: int) -> AnyRecipe:
     """The recipe with the number of processes that a launcher has started, where it leaves that open (1).
 
     Raises:
@@ -251,7 +316,13 @@ def _started(recipe: Recipe, world: int) -> Recipe:
 
 
 def _begin(recipe: Recipe) -> Job:
-    """What every verb does first: quieten the libraries, warn of untested ones, choose the threads, check the recipe.
+    """What every verb does first."""
+    begin(recipe)
+    return prepare(recipe)
+
+
+def begin(recipe: Common) -> None:
+    """Quieten the libraries, warn of untested ones, choose the threads.
 
     One thread on a CPU for models that are made here: they are too small for two to help.
     """
@@ -263,7 +334,6 @@ def _begin(recipe: Recipe) -> Job:
             Console(stderr=True, highlight=False).print(f"[yellow]warning:[/] {sentence}", soft_wrap=True)
     if recipe.model.warm_start is not None and "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
         torch.set_num_threads(1)
-    return prepare(recipe)
 
 
 def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None:
@@ -279,14 +349,14 @@ def run(recipe: Recipe, output_dir: Path, *, resume: bool, command: str) -> None
         KeyboardInterrupt: the user stopped training; a checkpoint is there.
     """
     workers = Workers()
-    recipe = _started(recipe, workers.world)
+    recipe = started(recipe, workers.world)
     job = _begin(recipe)
     if workers.first:
         _claim(output_dir, recipe, resume)
         atomic.write_json(output_dir / "provenance.json", provenance(recipe, command, workers.world))
     say = Console(stderr=True, quiet=not workers.first, highlight=False)
     further_stages = (job.presamples, job.makes_pairs, recipe.teacher is not None, job.presamples_teacher)
-    stages = _Stages(say, 3 + 2 * len(job.runs) + sum(further_stages))
+    stages = Headings(say, 3 + 2 * len(job.runs) + sum(further_stages))
 
     stages.begin("initial policy")
     model = initial_policy(job, workers)
@@ -309,7 +379,7 @@ def _train_and_measure(
     model: str,
     engines: Engines,
     teachers: teaching.Teachers,
-    stages: _Stages,
+    stages: Headings,
     say: Console,
     output_dir: Path,
     workers: Workers,
@@ -332,9 +402,7 @@ def _train_and_measure(
                 soft_wrap=True,
             )
         for label, resolved in job.runs.items():
-            if resolved.takes_store:  # now, and not when this run's turn comes
-                config = trainer_config(resolved, output_dir / label / "checkpoints")
-                resolved.trainer_class.require_store(config, store)
+            require_store(resolved, store, output_dir / label)  # now, and not when this run's turn comes
     if store is not None and job.makes_pairs:
         stages.begin("pairs")
         pairs = build_pairs(job, model, store, output_dir / "pairs", workers)
@@ -356,7 +424,17 @@ def _train_and_measure(
         stages.begin(f"train {label}")
         trained = train(job, resolved, model, engines, data, output_dir / label, workers)
         stages.begin(f"evaluate {label}")
-        measuring.measure(label, str(trained), output_dir / label / "evaluation", implied=_implied(resolved.probe))
+        measuring.measure(label, str(trained), output_dir / label / "evaluation", implied=implied(resolved.probe))
+
+
+def require_store(resolved: Resolved, store: Any, folder: Path) -> None:
+    """Refuse a store that a method cannot rehearse from, where it wants to.
+
+    Raises:
+        UserError: so it is.
+    """
+    if resolved.takes_store:
+        resolved.trainer_class.require_store(trainer_config(resolved, folder / "checkpoints"), store)
 
 
 def run_presample(recipe: Recipe, output_dir: Path) -> Path:
@@ -437,12 +515,20 @@ def initial_policy(job: Job, workers: Workers) -> str:
     model = job.recipe.model
     if model.path is not None:
         return model.path
+    return warm_started(job, model.warm_start or WarmStart(), workers)
+
+
+def warm_started(job: Job, settings: WarmStart, workers: Workers) -> str:
+    """Folder of a model that is made from nothing on a job's task, by the first process."""
     from posttrain.launch.warm_start import warm_start
 
+    recipe = job.recipe
     if workers.world > 1 and workers.first:
-        _alone(["warm-start", job.recipe.to_yaml()])
+        content = {"warm_start": settings, "task": recipe.task, "validation": job.validation}
+        shown = {name: section.model_dump(mode="json") for name, section in content.items() if section is not None}
+        _alone(["warm-start", json.dumps({**shown, "dtype": recipe.model.dtype})])
     workers.barrier()
-    return str(warm_start(model.warm_start or WarmStart(), job.task, dtype=model.dtype))
+    return str(warm_start(settings, job.task, dtype=recipe.model.dtype))
 
 
 def _alone(arguments: Sequence[str]) -> None:
@@ -479,7 +565,7 @@ def presample_policy(job: Job, model: str, engines: Engines, folder: Path, worke
         )
 
 
-def _implied(config: Any) -> Any:
+def implied(config: Any) -> Any:
     """How a method's implicit rewards follow from log-ratios; None where its config has no `score_beta`."""
     from posttrain.evaluation.calibration import Implied
 
@@ -498,12 +584,31 @@ class Data:
     teachers: teaching.Teachers | None = None
     answers: Mapping[str, Any] = field(default_factory=dict)
     """Verified answers by the label of the run that learns them (`posttrain.rollouts.answers.AnswerSet`)."""
+    rollouts: Any = None
+    """A `posttrain.rollouts.static.StaticSet`."""
 
 
 def train(
-    job: Job, resolved: Resolved, model: str, engines: Engines, data: Data, folder: Path, workers: Workers
+    job: Job,
+    resolved: Resolved,
+    model: str,
+    engines: Engines,
+    data: Data,
+    folder: Path,
+    workers: Workers,
+    label: str | None = None,
 ) -> Path:
     """Train one method; returns the folder of the trained policy, at once when it is finished already.
+
+    Args:
+        job: of the run.
+        resolved: the method.
+        model: path or hub name of the policy that training starts from.
+        engines: lends the engine that samples.
+        data: what the method learns from beside prompts.
+        folder: of the run; `model`, `history.json` and `checkpoints` are written below it.
+        workers: the processes of the launch; all make the same calls.
+        label: how the run is called on the terminal; default as its folder.
 
     Raises:
         EngineError: the engine failed; a checkpoint of what had been trained until then is there.
@@ -527,11 +632,13 @@ def train(
         callbacks=[RequireSharding(_asked(resolved.recipe)), stop, CompleteCheckpoints()],
     )
     shown: tuple[str, ...] = ("reward", "entropy", "completions/mean_length", "kl", "pef/divergence")
-    if resolved.takes_pairs:
+    if resolved.takes_static:
+        shown = ("loss", "kl/forward", "entropy")
+    elif resolved.takes_pairs:
         shown = ("loss", "rewards/accuracies", "rewards/margins", "entropy")
     elif resolved.takes_answers:
         shown = ("loss", "mean_token_accuracy", "entropy")
-    quiet(trainer, f"train {folder.name}", show=shown)
+    quiet(trainer, f"train {label or folder.name}", show=shown)
     checkpoint = CompleteCheckpoints.latest(folder / "checkpoints")
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -559,6 +666,8 @@ def _trainer(job: Job, resolved: Resolved, engines: Engines, data: Data, **optio
         options["args"].ddp_find_unused_parameters = None  # vision towers have some, which TRL then looks for
     if recipe.model.lora is not None:
         options["peft_config"] = _lora(recipe.model.lora)
+    if resolved.takes_static:
+        return resolved.trainer_class(train_dataset=Dataset(InMemoryTable(data.rollouts.table)), **options)
     if resolved.takes_pairs:
         pairs = _dataset(job.train_rows) if job.task.pairs else _token_ids(data.pairs.file)
         return resolved.trainer_class(train_dataset=pairs, **options)
@@ -572,7 +681,7 @@ def _trainer(job: Job, resolved: Resolved, engines: Engines, data: Data, **optio
     return resolved.trainer_class(
         reward_funcs=reward_functions(recipe, job.task),
         train_dataset=_dataset(job.train_rows),
-        rollouts=engines.for_training(),
+        rollouts=engines.for_training(options["model"]),
         sampler_gap_limit=recipe.rollout.sampler_gap_limit,
         lora_sync=recipe.rollout.lora_sync,
         **options,
@@ -697,41 +806,104 @@ def _lora(lora: Lora) -> Any:
 
 def report(job: Job, output_dir: Path, command: str) -> None:
     """Compare what was evaluated: `comparison.json`, `report.html` and a table on the terminal."""
-    from posttrain.evaluation import evaluate, measures, summary, wording
+    measured = [label for label in job.recipe.teachers if (output_dir / label / "evaluation/evaluation.json").is_file()]
+    folders = {label: output_dir / label / "evaluation" for label in (BASE, *measured, *job.runs)}
+    present(
+        job.recipe,
+        folders,
+        output_dir,
+        command,
+        title=f"{job.recipe.method.name} · {job.recipe.name}",
+        histories={label: output_dir / label / "history.json" for label in job.runs},
+        curves=curves_of(job.runs.values()),
+        settings=job.recipe.cells,
+    )
+
+
+def comparison_of(
+    folders: Mapping[str, Path], others: Iterable[str], settings: Mapping[str, Mapping[str, Any]] | None = None
+) -> Any:
+    """The comparison (`posttrain.evaluation.compare.Comparison`) of evaluations by label, the base first.
+
+    Args:
+        folders: of the evaluations.
+        others: names of further tasks.
+        settings: what a sweep set, by label.
+    """
+    from posttrain.evaluation import evaluate, measures
     from posttrain.evaluation.compare import compare
+
+    return compare(
+        {label: evaluate.load(folder) for label, folder in folders.items()},
+        base=next(iter(folders)),
+        measures={label: measures.load(folder) for label, folder in folders.items()},
+        settings=settings,
+        further={label: further.load(folder, list(others)) for label, folder in folders.items()},
+    )
+
+
+def show(comparison: Any) -> None:
+    """Print the tables of a comparison."""
+    from posttrain.evaluation import summary
+
+    console = _wide_console()
+    for shown in (summary.table(comparison), *summary.further_tables(comparison)):
+        console.print()
+        console.print(shown)
+
+
+def _wide_console() -> Console:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 100)  # what a table of many runs needs; a file has no edge
+    return console
+
+
+def present(
+    recipe: Common,
+    folders: Mapping[str, Path],
+    output_dir: Path,
+    command: str,
+    *,
+    title: str,
+    histories: Mapping[str, Path],
+    curves: Mapping[str, str],
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    notes: Sequence[str] = (),
+) -> None:
+    """Write `comparison.json` and `report.html`, and print the comparison.
+
+    Args:
+        recipe: of the run.
+        folders: evaluations by label, the base first.
+        output_dir: of the run.
+        command: what the user typed.
+        title: heading of the page.
+        histories: what training logged, by label.
+        curves: titles of the metrics that trainers want drawn.
+        settings: what a sweep set, by label.
+        notes: sentences on the run itself.
+    """
+    from posttrain.evaluation import summary, wording
     from posttrain.evaluation.report import write_report
     from posttrain.evaluation.sweep import orderings
 
-    measured = [label for label in job.recipe.teachers if (output_dir / label / "evaluation/evaluation.json").is_file()]
-    folders = {label: output_dir / label / "evaluation" for label in (BASE, *measured, *job.runs)}
-    comparison = compare(
-        {label: evaluate.load(folder) for label, folder in folders.items()},
-        base=BASE,
-        measures={label: measures.load(folder) for label, folder in folders.items()},
-        settings=job.recipe.cells,
-        further={label: further.load(folder, list(job.further)) for label, folder in folders.items()},
-    )
-    histories = {
-        label: json.loads((output_dir / label / "history.json").read_text(encoding="utf-8")) for label in job.runs
-    }
+    comparison = comparison_of(folders, recipe.evaluation.further, settings)
     atomic.write_text(output_dir / "comparison.json", summary.to_json(comparison))
     write_report(
         comparison,
         output_dir / "report.html",
-        title=f"{job.recipe.method.name} · {job.recipe.name}",
-        recipe_yaml=job.recipe.to_yaml(),
+        title=title,
+        recipe_yaml=recipe.to_yaml(),
         provenance=json.loads((output_dir / "provenance.json").read_text(encoding="utf-8")),
-        histories=histories,
-        curves=_curves(job.runs),
+        histories={label: json.loads(file.read_text(encoding="utf-8")) for label, file in histories.items()},
+        curves=curves,
         command=command,
+        notes=notes,
     )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 100)  # what a table of many runs needs; a file has no edge
-    for shown in (summary.table(comparison), *summary.further_tables(comparison)):
-        console.print()
-        console.print(shown)
-    for sentence in summary.verdict(comparison):
+    show(comparison)
+    console = _wide_console()
+    for sentence in (*notes, *summary.verdict(comparison)):
         console.print(f"- {sentence}", markup=False, soft_wrap=True)
     for one in orderings(comparison):
         where = f" at {wording.in_words(one.at)}" if one.at else ""
@@ -739,13 +911,13 @@ def report(job: Job, output_dir: Path, command: str) -> None:
     console.print(f"report: {output_dir / 'report.html'}", soft_wrap=True)
 
 
-def _curves(runs: Mapping[str, Resolved]) -> dict[str, str]:
+def curves_of(runs: Iterable[Resolved]) -> dict[str, str]:
     """The logged metrics that trainers want drawn beside those of all methods, with their titles (`curves`)."""
-    named = [getattr(resolved.trainer_class, "curves", {}) for resolved in runs.values()]
+    named = [getattr(resolved.trainer_class, "curves", {}) for resolved in runs]
     return {metric: title for curves in named for metric, title in curves.items()}
 
 
-class _Stages:
+class Headings:
     """Headings `[2/8] presample`, so that one always knows where a run is."""
 
     def __init__(self, console: Console, total: int) -> None:
@@ -769,6 +941,8 @@ def _claim(output_dir: Path, recipe: Recipe, resume: bool) -> None:
         atomic.write_text(marker, recipe.to_yaml())
         return
     found = recipes.validate(recipes.parse_value(marker.read_text(encoding="utf-8")), str(marker))
+    if not isinstance(found, Recipe):
+        raise UserError(f"{output_dir} holds a run of a recipe of stages: choose another --output-dir.")
     difference = atomic.first_difference(found.model_dump(mode="json"), recipe.model_dump(mode="json"))
     if difference is not None:
         raise UserError(f"{output_dir} holds a run of another recipe ({difference}): choose another --output-dir.")

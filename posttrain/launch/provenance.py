@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import posttrain
-from posttrain.recipe import Recipe
+from posttrain.recipe import Common
 from posttrain.versions import versions
 
 
@@ -43,7 +43,7 @@ def machine(world: int) -> dict[str, Any]:
     return {"system": platform.platform(), "cpus": os.cpu_count(), "device": device, "processes": world}
 
 
-def provenance(recipe: Recipe, command: str, world: int) -> dict[str, Any]:
+def provenance(recipe: Common, command: str, world: int) -> dict[str, Any]:
     """Everything worth knowing about where a run came from. No environment variables: they hold secrets."""
     return {
         "command": command,

@@ -23,7 +23,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from posttrain import registry
 from posttrain.errors import UserError, did_you_mean
 from posttrain.launch.workers import launched
-from posttrain.recipe import Baseline, Method, Model, Recipe
+from posttrain.recipe import Baseline, Common, Method, Model, Recipe
 from posttrain.seams.sharding import fsdp_without_gpus, requested
 
 OWNED = {
@@ -107,6 +107,16 @@ class Resolved:
     def takes_pairs(self) -> bool:
         """Whether the trainer learns from preference pairs, and neither samples nor verifies."""
         return bool(getattr(self.trainer_class, "takes_pairs", False))
+
+    @property
+    def takes_static(self) -> bool:
+        """Whether the trainer learns from fixed rollouts, and neither samples nor verifies."""
+        return bool(getattr(self.trainer_class, "takes_static", False))
+
+    @property
+    def takes_signal(self) -> bool:
+        """Whether it learns what a signal says of their tokens."""
+        return self.takes_static and getattr(self.probe, "phase", None) == "distil"
 
     @property
     def takes_answers(self) -> str | None:
@@ -283,7 +293,7 @@ def _probe(config_class: type[Any], trainer_args: dict[str, Any], batch: BatchId
     return config
 
 
-def require_devices(recipe: Recipe) -> None:
+def require_devices(recipe: Common) -> None:
     """Refuse more processes than this machine has GPUs, unless it has none and all run on the CPU.
 
     Raises:

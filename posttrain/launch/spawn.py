@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from posttrain.errors import UserError
-from posttrain.recipe import RECIPES, Launch, Recipe, is_path
+from posttrain.recipe import RECIPES, Common, Launch, is_path
 
 DEFAULT_PORT = 29500
 
@@ -53,7 +53,7 @@ def needs_launcher(launch: Launch) -> bool:
     return launch.processes > 1 or launch.config not in (None, "ddp")
 
 
-def configuration(recipe: Recipe) -> Configuration | None:
+def configuration(recipe: Common) -> Configuration | None:
     """The accelerate configuration of a recipe; None when one process needs none.
 
     Raises:
@@ -124,7 +124,7 @@ def _stage(file: Path) -> str:
     return f"zero{stage}" if isinstance(stage, int) else "deepspeed"
 
 
-def _refuse_contradictions(file: Path, content: Mapping[str, Any], kind: str, recipe: Recipe) -> None:
+def _refuse_contradictions(file: Path, content: Mapping[str, Any], kind: str, recipe: Common) -> None:
     launch = recipe.launch
     if content.get("use_cpu") and kind != "ddp":
         raise UserError(
@@ -215,14 +215,14 @@ def _first_host(nodes: str | None) -> str | None:
     return done.stdout.split()[0]
 
 
-def accelerate_command(recipe: Recipe, output_dir: Path, resume: bool, recipe_arguments: Sequence[str]) -> list[str]:
+def accelerate_command(recipe: Common, output_dir: Path, resume: bool, recipe_arguments: Sequence[str]) -> list[str]:
     """The command that runs `python -m posttrain.train` in the processes of this machine.
 
     Args:
         recipe: loaded, for its launch section.
         output_dir: of the run.
         resume: go on where an earlier run stopped.
-        recipe_arguments: the recipe and its `--set` options as given on the command line.
+        recipe_arguments: the recipe and its own options as given on the command line.
 
     Raises:
         UserError: the launch section cannot work.
