@@ -188,7 +188,7 @@ def test_missing_and_empty_data_are_one_sentence(tmp_path: Path, content: str | 
 def test_a_reward_that_compares_other_groups_is_refused_before_anything(tmp_path: Path) -> None:
     options = {"shape": "group_relative", "group_size": 8, "verifier": "countdown"}
     path = write(tmp_path, {"rewards": [{"name": "countdown"}, {"name": "length", "options": options}]})
-    with pytest.raises(UserError, match="compares 8 answers to a prompt .* draws 4 .*: make the two agree"):
+    with pytest.raises(UserError, match=r"compares 8 answers to a prompt .* draws 4 .*: make the two agree"):
         pipeline.prepare(recipes.load(str(path)))
 
 
