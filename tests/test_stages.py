@@ -762,6 +762,10 @@ def test_commands_of_the_documentation_exist() -> None:
 def test_every_recipe_of_stages_can_be_planned(name: str) -> None:
     recipe = recipes.load(name)
     assert isinstance(recipe, StagedRecipe)
+    trained = {name for name, node in recipe.nodes.items() if node.step == "train"}
+    assert set(staged.resolved_stages(recipe)) == trained
+    if recipe.task.name == "hub":  # whose rows are not at hand
+        return
     plan = staged.plan(recipe)
     assert len({work.key for work in plan.works.values()}) == len(plan.works)
 
