@@ -37,6 +37,11 @@ def reported(interrupted: str = "interrupted") -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def warn(sentence: str) -> None:
+    """Print `warning: …` on standard error."""
+    typer.echo(f"{typer.style('warning:', fg='yellow', bold=True)} {sentence}", err=True)
+
+
 class Group(TyperGroup):
     """A group whose commands report user errors in one sentence."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from posttrain.cli.console import reported
+from posttrain.cli.console import reported, warn
 
 EXAMPLES = """Examples
 
@@ -113,7 +113,7 @@ def command(
             timeout=start_timeout,
         )
         if not is_loopback(host):
-            _warn(f"{host} is more than this machine: whoever reaches port {port} can replace the weights.")
+            warn(f"{host} is more than this machine: whoever reaches port {port} can replace the weights.")
         typer.echo(f"starting vLLM for {model}; its log is {server.log}", err=True)
         server.launch()
         try:
@@ -144,7 +144,3 @@ Try it:
 curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'
 
 Ctrl-C stops it."""
-
-
-def _warn(sentence: str) -> None:
-    typer.echo(f"{typer.style('warning:', fg='yellow', bold=True)} {sentence}", err=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain.cli.console import reported
+from posttrain.cli.console import reported, warn
 from posttrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def command(
                 known = (
                     "whoever knows the token" if token is not None else "whoever reaches it, for want of --token-env,"
                 )
-                _warn(f"{host} is more than this machine: {known} can have completions judged at port {server.port}.")
+                warn(f"{host} is more than this machine: {known} can have completions judged at port {server.port}.")
             typer.echo(_usage(server, token_env))
             server.serve()
 
@@ -176,7 +176,3 @@ Try it:
 {calls[0]}
 
 Ctrl-C stops it."""
-
-
-def _warn(sentence: str) -> None:
-    typer.echo(f"{typer.style('warning:', fg='yellow', bold=True)} {sentence}", err=True)

@@ -159,12 +159,13 @@ def checked(recipe: Recipe, runs: dict[str, Resolved], loaded: Questions | None 
     eval_rows = tasks.choose(loaded.eval_rows, recipe.evaluation.prompts, seed=recipe.evaluation.seed)
     if verifier is not None:
         _require_columns(verifier, train_rows[0], task.name)
-    if not all(resolved.takes_pairs or resolved.takes_answers or resolved.takes_static for resolved in runs.values()):
+    if any(resolved.samples for resolved in runs.values()):
         functions = reward_functions(recipe, task)
         for reward in functions:
             if isinstance(reward, rewards.RewardFunction):
                 _require_columns(reward.verifier, train_rows[0], task.name)
                 _require_groups(reward.verifier, runs)
+                _require_length(reward.verifier, runs)
         for resolved in runs.values():
             if hasattr(resolved.trainer_class, "require_rewards"):
                 resolved.trainer_class.require_rewards(resolved.probe, functions)
@@ -261,6 +262,22 @@ def _require_groups(verifier: rewards.Verifier, runs: Mapping[str, Resolved]) ->
             raise UserError(
                 f"The reward '{verifier.column}' compares {verifier.group_size} answers to a prompt (group_size), and "
                 f"the run '{label}' draws {drawn} (num_generations): make the two agree."
+            )
+
+
+def _require_length(verifier: rewards.Verifier, runs: Mapping[str, Resolved]) -> None:
+    """Refuse a reward for lengths that no answer of a run reaches.
+
+    Raises:
+        UserError: so it is.
+    """
+    longest = verifier.options.max_tokens if verifier.name == "length" else None
+    for label, resolved in runs.items():
+        drawn = getattr(resolved.probe, "max_completion_length", None)
+        if longest is not None and drawn is not None and longest > drawn:
+            raise UserError(
+                f"The reward '{verifier.column}' is for answers of up to {longest} tokens (max_tokens), and those of "
+                f"the run '{label}' end at {drawn} (rollout.max_tokens): make the two agree."
             )
 
 

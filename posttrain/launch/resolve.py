@@ -119,6 +119,11 @@ class Resolved:
         return self.takes_static and getattr(self.probe, "phase", None) == "distil"
 
     @property
+    def samples(self) -> bool:
+        """Whether the trainer draws answers and has them judged; false where all that it learns from is there."""
+        return not (self.takes_pairs or self.takes_static or self.takes_answers)
+
+    @property
     def takes_answers(self) -> str | None:
         """Whose verified answers the trainer is fine-tuned on, teacher or policy; None where it learns otherwise."""
         return getattr(self.probe, "answers_of", None)

@@ -151,15 +151,7 @@ def resolve_teacher(recipe: Recipe, runs: Mapping[str, Resolved]) -> Resolved | 
             "rollout.engine=transformers, or train the teacher in a run of its own and name its folder (teacher.path)."
         )
     resolved = resolve(recipe_of_teacher(recipe, recipe.teacher))
-    if any(
-        (
-            resolved.takes_store,
-            resolved.takes_pairs,
-            resolved.takes_teacher,
-            resolved.takes_answers,
-            resolved.takes_static,
-        )
-    ):
+    if resolved.takes_store or resolved.takes_teacher or not resolved.samples:
         raise UserError(
             f"teacher.method '{recipe.teacher.method.name}' needs more than prompts: take grpo, for instance."
         )
