@@ -19,6 +19,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
+from posttrain.launch.spawn import leave
 from posttrain.recipe import Server, Vllm
 from posttrain.rollouts.engine import Sample, SamplingParams
 from posttrain.rollouts.vllm_colocate import VLLMColocateEngine
@@ -156,3 +157,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
+from posttrain.launch.spawn import leave
 from posttrain.seams.sharding import active, fsdp_without_gpus, release, requested
 from posttrain.trainers.f_dpo import FDPOConfig, FDPOTrainer
 
@@ -114,3 +115,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

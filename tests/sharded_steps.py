@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 from trl import GRPOConfig
 
+from posttrain.launch.spawn import leave
 from posttrain.rollouts.fingerprint import weights_fingerprint
 from posttrain.seams.on_policy import OnPolicyTrainer
 from posttrain.seams.sharding import RequireSharding, active, fsdp_without_gpus, release, requested
@@ -77,3 +78,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from posttrain.launch.engines import require_engine
 from posttrain.launch.pipeline import prepare
 from posttrain.launch.resolve import require_devices, resolve, trainer_config
 from posttrain.recipe import CONFIGS, Launch, Recipe
+from tests.processes import finish
 
 RECIPE = "dph_rl/countdown3"
 SHIPPED = recipes.RECIPES / "accelerate"
@@ -277,3 +279,25 @@ def test_vllm_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"vLLM is not installed: pip install 'posttrain\[vllm"):
         require_engine(recipes.load(RECIPE, ["rollout.engine=vllm_colocate", "model.warm_start.heads=2"]))
+
+
+def test_a_process_of_several_leaves_beside_threads_that_still_hold_tensors(tmp_path: Path) -> None:
+    """Without `leave`, four of five such launches are aborted: threads of gloo want the lock of a dying interpreter."""
+    script = tmp_path / "late.py"
+    script.write_text("""
+import atexit, os, pathlib, sys
+import torch
+import torch.distributed as dist
+from posttrain.launch.spawn import leave
+
+dist.init_process_group("gloo")
+atexit.register(lambda: pathlib.Path(sys.argv[1], os.environ["RANK"]).write_text("handlers ran"))
+sys.setswitchinterval(0.1)  # seconds; what a busy machine does: the threads come late
+works = [dist.all_reduce(torch.ones(1000), async_op=True) for _ in range(8)]
+while works:
+    works.pop(0).wait()
+leave(0)
+""")
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script), str(tmp_path)]
+    finish([sys.executable, *command])
+    assert {(tmp_path / rank).read_text() for rank in "01"} == {"handlers ran"}

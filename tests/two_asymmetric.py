@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from posttrain.launch.spawn import leave
 from posttrain.trainers.apo import AsymmetricPOConfig, AsymmetricPOTrainer
 from tests.oracle import arguments, batch, dataset, length_reward, perturb, value_and_gradient
 
@@ -74,3 +75,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -15,6 +15,7 @@ from trl import GRPOConfig
 
 from posttrain import rewards
 from posttrain.errors import UserError
+from posttrain.launch.spawn import leave
 from posttrain.rewards import RewardFunction
 from posttrain.trainers.grpo import GRPOTrainer
 from tests.oracle import PROMPTS, arguments, dataset
@@ -51,3 +52,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -13,6 +13,7 @@ import torch.distributed
 from posttrain import recipe as recipes
 from posttrain.launch import pipeline
 from posttrain.launch.resolve import trainer_config
+from posttrain.launch.spawn import leave
 from posttrain.launch.teaching import Teachers
 from posttrain.launch.workers import Workers
 from posttrain.rollouts.teacher import ModelTeacher
@@ -75,3 +76,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed
 
+from posttrain.launch.spawn import leave
 from posttrain.trainers.dph_rl import DPHConfig, DPHTrainer
 from tests.oracle import PROMPTS, arguments, batch, dataset, length_reward, perturb, value_and_gradient
 
@@ -49,3 +50,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

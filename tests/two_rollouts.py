@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from trl import GRPOConfig
 
+from posttrain.launch.spawn import leave
 from posttrain.rollouts.engine import EngineError, Sample, SamplingParams
 from posttrain.rollouts.transformers_engine import TransformersEngine
 from posttrain.trainers.grpo import GRPOTrainer
@@ -73,3 +74,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -14,6 +14,7 @@ import torch.distributed
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
+from posttrain.launch.spawn import leave
 from posttrain.trainers.erpd import ERPDConfig, ERPDTrainer
 from tests.oracle import arguments
 
@@ -58,3 +59,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 
+from posttrain.launch.spawn import leave
 from posttrain.rollouts.teacher import ModelTeacher
 from posttrain.seams.sharding import RequireSharding, active, fsdp_without_gpus, requested
 from posttrain.trainers.kdrl import KDRLConfig, KDRLTrainer
@@ -126,3 +127,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -15,7 +15,7 @@ from posttrain import recipe as recipes
 from posttrain import registry, rewards, tasks
 from posttrain.cli.console import Command, prepare, reported
 from posttrain.errors import UserError
-from posttrain.launch.spawn import accelerate_command, configuration, needs_launcher
+from posttrain.launch.spawn import accelerate_command, configuration, leave, needs_launcher
 from posttrain.recipe import Recipe
 from posttrain.stages import StagedRecipe, Trained
 
@@ -184,7 +184,12 @@ def main_in_process() -> None:
     prepare()
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(cls=Command)(in_process)
-    app(prog_name="python -m posttrain.train")
+    try:
+        app(prog_name="python -m posttrain.train")
+    except SystemExit as left:
+        if "RANK" not in os.environ:
+            raise
+        leave(left.code if isinstance(left.code, int) else int(left.code is not None))
 
 
 def read_plain(verb: str, reference: str, assignments: Sequence[str] | None) -> Recipe:

@@ -1,4 +1,4 @@
-"""Starting several processes: a recipe's launch section as an `accelerate launch` command. No torch.
+"""Starting several processes, a recipe's launch section as an `accelerate launch` command, and leaving them. No torch.
 
 The launch section names an accelerate configuration; what accelerate would do silently with a wrong one is refused
 here, and what it has really done is asserted when training begins (`posttrain.seams.sharding`).
@@ -6,14 +6,16 @@ here, and what it has really done is asserted when training begins (`posttrain.s
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -249,3 +251,17 @@ def accelerate_command(recipe: Common, output_dir: Path, resume: bool, recipe_ar
         command += ["--main_process_port", "0"]  # any free one: two runs on one machine must differ
     command += ["-m", "posttrain.train", *recipe_arguments, "--output-dir", str(output_dir)]
     return [*command, "--resume"] if resume else command
+
+
+def leave(code: int) -> NoReturn:
+    """End one process of several as `sys.exit` does, but without dismantling the interpreter.
+
+    Threads of gloo free the tensors of the last collective after it has returned, for which they need the interpreter's
+    lock. Where they come so late that the interpreter is being dismantled, Python ends them in a way that C++ answers
+    with abort (`terminate called without an active exception`), and a finished run would count as failed.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
