@@ -183,6 +183,22 @@ def test_an_error_inside_the_job_is_one_sentence_too(
     assert (result.exit_code, result.stderr) == (2, "error: The folder [x] holds another run.\n")
 
 
+def test_our_warning_is_a_sentence_and_a_librarys_keeps_its_place() -> None:
+    script = """
+import warnings
+from posttrain import errors
+from posttrain.cli import console
+
+console.prepare()
+warnings.warn_explicit("pass@2 is noisy.", UserWarning, errors.__file__, 7)
+warnings.warn_explicit("of theirs", UserWarning, warnings.__file__, 7)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ours, *theirs = done.stderr.splitlines()
+    assert ours == "warning: pass@2 is noisy."
+    assert theirs[0].endswith("warnings.py:7: UserWarning: of theirs")
+
+
 def test_ctrl_c_says_how_to_go_on(pipeline: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -21,6 +23,19 @@ def prepare() -> None:
     sys.path.append(os.getcwd())
     # vLLM, which TRL imports, remarks on every machine without a GPU that Triton is of no use there.
     logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
+    warnings.formatwarning = _format_warning
+
+
+_format_any_warning = warnings.formatwarning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Ours is a sentence; a library's keeps its place."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"warning: {message}\n"
+    return _format_any_warning(message, category, filename, lineno, line)
 
 
 @contextmanager
