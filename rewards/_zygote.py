@@ -43,11 +43,14 @@ MAX_DETAIL = 2000
 """Characters of a verdict's detail that are sent."""
 MAX_ANSWER = 100_000
 """Characters of a verdict's answer that are sent."""
+ENDING = 5.0
+"""Seconds for a worker that has begun to end: on a busy machine, its sockets close long before it can be waited for."""
 MAX_CONTROL = 2**16
 """Bytes of a message on the control socket."""
 
 _LENGTH = struct.Struct(">I")
 _PR_SET_PDEATHSIG = 1
+_PF_EXITING = 4
 
 
 def frame(message: Any) -> bytes:
@@ -60,7 +63,7 @@ def unframe(received: bytearray, limit: int) -> Any:
     """The first whole message, taken out of what was received; None when there is none yet.
 
     Raises:
-        ValueError: it is longer than `limit` bytes, or no JSON.
+        ValueError: it is longer than `limit` bytes, or no JSON, or null.
     """
     if len(received) < _LENGTH.size:
         return None
@@ -70,7 +73,12 @@ def unframe(received: bytearray, limit: int) -> Any:
     end = _LENGTH.size + length
     if len(received) < end:
         return None
-    message = json.loads(received[_LENGTH.size : end])
+    try:
+        message = json.loads(received[_LENGTH.size : end])
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if message is None:
+        raise ValueError("null")
     del received[:end]
     return message
 
@@ -82,6 +90,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     verifiers: list[rewards.Verifier] = []
     workers: set[int] = set()
+    dying: set[int] = set()
     gone: list[int] = []
     # A child that the parent has forked may hold the parent's end open for longer than the parent lives.
     with contextlib.suppress(OSError):
@@ -103,6 +112,7 @@ def main() -> None:
         reply: dict[str, Any] = {"error": None}
         try:
             request = json.loads(data)
+            _reap(dying)
             if request["do"] == "prepare":
                 verifiers.append(_build(request))
                 verifiers[-1].prepare()
@@ -113,14 +123,14 @@ def main() -> None:
                 workers.add(reply["pid"])
             else:
                 workers.remove(request["pid"])  # once: then another process may have the number
-                reply["status"] = _end(request["pid"], request["patience"])
+                reply["status"] = _end(request["pid"], request["patience"], dying)
         except Exception as error:
             reply["error"] = f"{type(error).__name__}: {error}"[:MAX_DETAIL]
         for descriptor in descriptors:
             os.close(descriptor)
         control.send(json.dumps(reply).encode())
     for pid in workers:
-        _end(pid, 0.0)
+        _end(pid, 0.0, dying)
 
 
 def _build(request: Mapping[str, Any]) -> rewards.Verifier:
@@ -133,10 +143,16 @@ def _build(request: Mapping[str, Any]) -> rewards.Verifier:
     return kind(options)  # type: ignore[no-any-return]
 
 
-def _end(pid: int, patience: float) -> int | None:
-    """Kill a worker and what it has started: its wait status, or None if it did not end by itself within `patience`."""
-    until = time.monotonic() + patience
-    while not (ended := _has_ended(pid)) and time.monotonic() < until:
+def _end(pid: int, patience: float, dying: set[int]) -> int | None:
+    """Kill a worker and what it has started: its wait status, or None if it did not end by itself within `patience`.
+
+    One that is ending already may take longer; one that does not even die when it is killed is put to the `dying`.
+    """
+    begun = time.monotonic()
+    while not (ended := _has_ended(pid)):
+        passed = time.monotonic() - begun
+        if passed >= patience and not (patience > 0 and passed < ENDING and _is_ending(pid)):
+            break
         time.sleep(0.001)
     for kill in (os.killpg, os.kill):  # what it started as well; it may not have a group of its own yet
         with contextlib.suppress(ProcessLookupError):
@@ -146,7 +162,24 @@ def _end(pid: int, patience: float) -> int | None:
         waited, status = os.waitpid(pid, os.WNOHANG)
         if waited:
             return status if ended else None
+    dying.add(pid)
     return None
+
+
+def _reap(dying: set[int]) -> None:
+    """Let go of those that have ended meanwhile."""
+    for pid in list(dying):
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            dying.discard(pid)
+
+
+def _is_ending(pid: int) -> bool:
+    """Whether the kernel is taking a process apart."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return bool(int(file.read().rpartition(b")")[2].split()[6]) & _PF_EXITING)
+    except (OSError, IndexError, ValueError):
+        return False
 
 
 def _has_ended(pid: int) -> bool:

@@ -18,7 +18,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import hypothesis
 import jaxtyping
+
+# Both measure the machine: how long an example takes, and how long it takes to draw one.
+hypothesis.settings.register_profile(
+    "posttrain", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("posttrain")
 
 # Objectives only: in trainers the hook would type-check the configs too, and TRL passes ints to its own float fields.
 jaxtyping.install_import_hook("posttrain.objectives", "beartype.beartype")

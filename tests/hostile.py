@@ -153,6 +153,11 @@ class Local(Plain):
         return Verdict(1.0, "ok", repr(self.options.several))
 
 
+def hangs(text: str) -> bool:
+    """Whether a completion, or a row's text, is one that does not end by itself."""
+    return text in ("loop", "power", "deaf", "stop", "sleep 60")
+
+
 def channel() -> int:
     """The worker's own socket, found among its open files."""
     for name in os.listdir("/proc/self/fd"):

@@ -18,6 +18,7 @@ import yaml
 from posttrain import recipe as recipes
 from posttrain.launch import pipeline
 from posttrain.launch.engines import Engines
+from tests.patience import eventually, gone
 from tests.test_pipeline import SMALL, cache, write
 
 __all__ = ["cache"]
@@ -41,7 +42,7 @@ def test_a_run_on_colocated_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     settings = [*HEADS, "--set", "rollout.engine=vllm_colocate"]
     settings += [part for setting in lora for part in ("--set", setting)]
     command = [sys.executable, "-m", "posttrain", "run", str(path), *settings, "--output-dir", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "WARNING" not in done.stderr and "INFO" not in done.stderr, done.stderr
     for label in ("base", "grpo", "dph_rl"):
@@ -85,15 +86,14 @@ def test_a_server_that_dies_costs_nothing(tmp_path: Path) -> None:
         os.killpg(server.pid, signal.SIGKILL)
         started = time.monotonic()
         said += process.stderr.read()
-        process.wait(timeout=60)
+        process.wait(timeout=300)
     assert process.returncode == 2, said[-3000:]
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 200  # and not the 600 s that a server may take to answer
     (error,) = (line for line in said.splitlines() if line.startswith("error:"))
     assert "Traceback" not in said, said
     assert "http://127.0.0.1:" in error and "policy version" in error, error
     assert "is saved. Continue with --resume." in error, error
-    psutil.wait_procs(group, timeout=10)
-    assert not any(member.is_running() for member in group)
+    assert eventually(lambda: all(gone(member.pid) for member in group))
     (saved,) = (out / "dph_rl/checkpoints").glob("checkpoint-*/complete")
     step = int(saved.parent.name.rpartition("-")[2])
     assert 0 < step < 2000
@@ -101,7 +101,7 @@ def test_a_server_that_dies_costs_nothing(tmp_path: Path) -> None:
         content = yaml.safe_load(file.read_text())
         content["method"]["args"]["max_steps"] = step + 2
         file.write_text(yaml.safe_dump(content, sort_keys=False))
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [entry["step"] for entry in finished(out, "dph_rl")][-2:] == [step + 1, step + 2]
     left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]

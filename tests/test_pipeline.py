@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from posttrain.evaluation import evaluate
 from posttrain.launch import pipeline
 from posttrain.launch.warm_start import warm_start
 from posttrain.rollouts.store import Store
+from tests.patience import eventually
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -192,6 +192,20 @@ def test_a_reward_that_compares_other_groups_is_refused_before_anything(tmp_path
         pipeline.prepare(recipes.load(str(path)))
 
 
+@pytest.mark.parametrize(
+    "options", [{"max_tokens": 9, "cache": 4}, {"shape": "cosine", "max_tokens": 20, "verifier": "countdown"}]
+)
+def test_a_reward_for_longer_answers_is_refused_before_anything(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Answers end at rollout.max_tokens = 8: the penalty would never be whole, and the cosine never low."""
+    path = write(tmp_path, {"rewards": [{"name": "countdown"}, {"name": "length", "options": options}]})
+    with pytest.raises(
+        UserError, match=r"for answers of up to \d+ tokens \(max_tokens\), .* end at 8 \(rollout\.max_tok"
+    ):
+        pipeline.prepare(recipes.load(str(path)))
+    agreed = {"rewards": [{"name": "countdown"}, {"name": "length", "options": {**options, "max_tokens": 8}}]}
+    pipeline.prepare(recipes.load(str(write(tmp_path, agreed))))
+
+
 def test_store_without_anything_to_rehearse_is_refused_before_training(tmp_path: Path) -> None:
     path = write(tmp_path)
     recipe = recipes.load(str(path), ["model.warm_start.steps=2"])
@@ -209,18 +223,16 @@ def test_interrupted_training_resumes(tmp_path: Path, cache: Path, finished: tup
     command = [sys.executable, "-m", "posttrain", "run", str(path), "--output-dir", str(out)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         events = out / "dph_rl" / "checkpoints"
-        deadline = time.monotonic() + 120
-        while not list(events.glob("*/complete")) and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.1)
+        assert eventually(lambda: bool(list(events.glob("*/complete"))) or process.poll() is not None, 600)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert "--resume" in stderr
     saved = sorted(events.glob("checkpoint-*/complete"))
     assert len(saved) == 1
     step = int(saved[0].parent.name.rpartition("-")[2])
     assert 0 < step < 2000
-    refused = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert refused.returncode == 2
     assert "add --resume" in refused.stderr
 
@@ -231,7 +243,7 @@ def test_interrupted_training_resumes(tmp_path: Path, cache: Path, finished: tup
         content = yaml.safe_load(file.read_text())
         content["method"]["args"]["max_steps"] = step + 2
         file.write_text(yaml.safe_dump(content, sort_keys=False))
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     history = json.loads((out / "dph_rl" / "history.json").read_text())
     steps = [entry["step"] for entry in history if "reward" in entry]

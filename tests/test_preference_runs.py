@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from posttrain.errors import UserError
 from posttrain.evaluation import evaluate, measures
 from posttrain.launch import pipeline
 from posttrain.rollouts.pairs import PairSet
+from tests.patience import eventually
 from tests.processes import finish
 
 SMALL: dict[str, Any] = {
@@ -133,6 +133,24 @@ def test_the_second_time_nothing_is_done_again(
     assert (out / "comparison.json").read_bytes() == before
 
 
+# `posttrain`, which goes on after its first checkpoint only when it has been interrupted.
+HELD = """
+import time
+from posttrain.seams.callbacks import CompleteCheckpoints, StopOnInterrupt
+handle, on_save, asked = StopOnInterrupt._handle, CompleteCheckpoints.on_save, []
+def noted(*arguments):
+    asked.append(True)
+    handle(*arguments)
+def held(*arguments, **named):
+    on_save(*arguments, **named)
+    while not asked:
+        time.sleep(0.05)
+StopOnInterrupt._handle, CompleteCheckpoints.on_save = noted, held
+from posttrain.cli import main
+main()
+"""
+
+
 def test_training_that_was_interrupted_ends_at_the_same_weights(tmp_path: Path) -> None:
     method = json.loads(json.dumps(SMALL["method"]))
     method["args"] |= {"max_steps": 60, "save_total_limit": 1}
@@ -141,16 +159,15 @@ def test_training_that_was_interrupted_ends_at_the_same_weights(tmp_path: Path) 
     path.write_text(yaml.safe_dump({**SMALL, "method": method, "evaluation": evaluation}))
     out, whole = tmp_path / "out", tmp_path / "whole"
     command = [sys.executable, "-m", "posttrain", "run", str(path), "--output-dir", str(out)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    stopped = [sys.executable, "-c", HELD, *command[3:]]
+    with subprocess.Popen(stopped, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         checkpoints = out / "f_dpo" / "checkpoints"
-        deadline = time.monotonic() + 120
-        while not list(checkpoints.glob("*/complete")) and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.05)
+        assert eventually(lambda: bool(list(checkpoints.glob("*/complete"))) or process.poll() is not None, 600)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130, stderr
     assert not (out / "f_dpo" / "model").exists()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     pipeline.run(recipes.load(str(path)), whole, resume=False, command="")
     ours, theirs = (load_file(folder / "f_dpo" / "model" / "model.safetensors") for folder in (out, whole))
@@ -241,7 +258,7 @@ def test_two_processes_share_the_work_and_measure_the_same(tmp_path: Path, swept
     path, out = tmp_path / "small.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump({**SMALL, "method": method, "launch": {"processes": 2, "config": "zero2"}}))
     command = [sys.executable, "-m", "posttrain", "run", str(path), "--output-dir", str(out)]
-    finish(command, timeout=300)
+    finish(command, timeout=900)
     one = swept[1]
     assert pq.read_table(out / "pairs" / "pairs.parquet").equals(pq.read_table(one / "pairs" / "pairs.parquet"))
     ours, theirs = (measures.load(folder / "base" / "evaluation") for folder in (out, one))

@@ -27,6 +27,7 @@ from posttrain.rollouts.store import Store, prompt_id
 from posttrain.rollouts.tokens import encode
 from posttrain.rollouts.transformers_engine import TransformersEngine
 from posttrain.tasks import Row, load
+from tests.patience import eventually
 
 SETTINGS = Presample(samples_per_prompt=4, pef_threshold=3, top_p=0.9, seed=14)
 BATCH = 16
@@ -111,11 +112,20 @@ class Watched:
         self.calls += 1
 
 
-class Slow(Watched):
-    """Leaves time to be killed."""
+class Stuck(Watched):
+    """Waits to be killed when two parts of a store are there."""
+
+    def __init__(self, engine: TransformersEngine, folder: Path) -> None:
+        super().__init__(engine)
+        self.folder = folder
 
     def _live(self) -> None:
-        time.sleep(0.3)
+        while len(finished_parts(self.folder)) >= 2:
+            time.sleep(0.1)
+
+
+def finished_parts(folder: Path) -> list[Path]:
+    return list((folder / "parts").glob("0*.parquet"))
 
 
 class Locked(Watched):
@@ -367,24 +377,22 @@ def test_work_that_is_done_is_not_done_again(engine: TransformersEngine, whole: 
     assert contents(folder) == contents(whole)
 
 
-def run_slowly(model: str, folder: Path) -> None:
-    """Make the store, in a process that is to be killed."""
-    make(Slow(TransformersEngine.load(model, device="cpu")), folder)
+def run_half(model: str, folder: Path) -> None:
+    """Make two parts of the store, in a process that is to be killed."""
+    make(Stuck(TransformersEngine.load(model, device="cpu"), folder), folder)
 
 
 def test_a_killed_process_leaves_what_the_next_one_finishes(
     tiny_model: str, engine: TransformersEngine, whole: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "store"
-    process = multiprocessing.get_context("spawn").Process(target=run_slowly, args=(tiny_model, folder))
+    process = multiprocessing.get_context("spawn").Process(target=run_half, args=(tiny_model, folder))
     process.start()
-    deadline = time.monotonic() + 120
-    while len(list((folder / "parts").glob("0*.parquet"))) < 2:
-        assert process.is_alive() and time.monotonic() < deadline, "the process made no two parts"
-        time.sleep(0.01)
+    assert eventually(lambda: len(finished_parts(folder)) >= 2 or not process.is_alive(), 600)
     process.kill()
     process.join()
-    assert not (folder / "manifest.json").exists(), "killed too late"
+    assert len(finished_parts(folder)) == 2
+    assert not (folder / "manifest.json").exists()
     # What a kill in the middle of publishing leaves.
     (folder / ".prompts.parquet.4194303.tmp").write_bytes(b"PAR1")
     make(engine, folder)
@@ -395,7 +403,7 @@ def test_a_killed_process_leaves_what_the_next_one_finishes(
 def test_several_workers_make_the_same_store(
     engine: TransformersEngine, whole: Path, tmp_path: Path, workers: int
 ) -> None:
-    lock, barrier = threading.Lock(), threading.Barrier(workers, timeout=60)
+    lock, barrier = threading.Lock(), threading.Barrier(workers, timeout=600)
     engines = [Locked(engine, lock) for _ in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
         futures = [

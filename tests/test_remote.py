@@ -20,6 +20,7 @@ from posttrain import rewards
 from posttrain.errors import UserError
 from posttrain.http import Failure, Http
 from posttrain.rewards import RewardFunction, Verdict, Verifier, remote
+from tests.patience import SOON, eventually
 
 KEY = "sk-5f1c77"
 
@@ -36,9 +37,6 @@ class Fake:
     url: str = ""
     requests: list[Request] = field(default_factory=list)
     headers: list[str] = field(default_factory=list)
-    most: int = 0
-    """Requests that were under way at a time, at most."""
-    _now: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def serve(self, listener: socket.socket, over: threading.Event) -> None:
@@ -54,8 +52,6 @@ class Fake:
             try:
                 head, _, body = self.received(connection)
                 with self._lock:
-                    self._now += 1
-                    self.most = max(self.most, self._now)
                     self.headers.append(head)
                     self.requests.append(json.loads(body))
                     request = self.requests[-1]
@@ -65,8 +61,6 @@ class Fake:
                         connection.sendall(piece)
                     elif over.wait(piece):
                         return
-                with self._lock:
-                    self._now -= 1
             except OSError:
                 return
 
@@ -116,13 +110,16 @@ def rewards_of(*values: Any) -> Answer:
 
 
 def ask(url: str, completions: list[str], rows: list[dict[str, Any]] | None = None, **options: Any) -> list[Verdict]:
-    verifier = rewards.load("remote", {"url": url, "deadline": 5.0, **options})
+    verifier = rewards.load("remote", {"url": url, "deadline": 300.0, **options})
     return verifier.score(completions, rows or [{"prompt": "p"}] * len(completions))
 
 
-def refused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    """An address where nobody listens, and nobody else can begin to."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}/score"
 
 
 # ------------------------------------------------------------------ the two protocols
@@ -195,17 +192,25 @@ def test_trl_keeps_the_prompt_apart_and_it_is_sent_all_the_same() -> None:
 
 
 def test_requests_go_out_together_but_not_more_than_concurrency() -> None:
+    lock = threading.Lock()
+    four = threading.Barrier(4, timeout=2 * SOON)
+    under_way = [0]
+
+    def change(by: int) -> None:
+        with lock:
+            under_way.append(under_way[-1] + by)
+
     def slowly(request: Request) -> Iterator[bytes | float]:
-        yield 0.1
+        change(1)
+        four.wait()
+        yield 0.1  # in which a fifth would be seen
+        change(-1)  # before the client can know of the answer and send the next request
         yield verdicts_of(request)
 
     with server(slowly) as fake:
-        start = time.perf_counter()
         found = ask(fake.url, ["right"] * 12, batch_size=1, concurrency=4)
-        seconds = time.perf_counter() - start
     assert [v.reward for v in found] == [1.0] * 12
-    assert fake.most <= 4
-    assert 0.3 <= seconds < 1.1  # three rounds of 0.1 s; one after the other they take 1.2 s
+    assert max(under_way) == 4
 
 
 def test_from_several_threads_at_once() -> None:
@@ -238,8 +243,8 @@ def test_a_row_that_cannot_be_sent_has_no_reward_and_the_others_have() -> None:
 
 
 def drip(request: Request) -> Iterator[bytes | float]:
-    """A byte every 20 ms: each of them comes in time, and all of them never."""
-    for byte in reply({"rewards": [1.0] * 100}):
+    """A byte every 20 ms: each of them comes in time, and all of them after minutes."""
+    for byte in reply({"rewards": [1.0] * 2000}):
         yield bytes([byte])
         yield 0.02
 
@@ -259,7 +264,7 @@ def drip_chunks(request: Request) -> Iterator[bytes | float]:
 
 
 def never(request: Request) -> Iterator[bytes | float]:
-    yield 60.0
+    yield 600.0
 
 
 @pytest.mark.parametrize("answer", [drip, drip_headers, drip_chunks, never])
@@ -269,7 +274,7 @@ def test_nobody_waits_longer_than_the_deadline(answer: Answer) -> None:
         found = ask(fake.url, ["a"] * 3, protocol="openrlhf", deadline=0.5, batch_size=1, concurrency=2)
         seconds = time.perf_counter() - start
     assert [(v.reward, v.status, v.detail) for v in found] == [(None, "verifier_error", "no answer within 0.5 s")] * 3
-    assert seconds < 0.9
+    assert seconds < SOON
 
 
 BAD: list[tuple[bytes, str]] = [
@@ -335,15 +340,23 @@ def test_what_the_server_says_of_its_own_failures_is_kept() -> None:
     assert [(v.reward, v.status) for v in found] == [(None, "unparseable_gold"), (None, "not_judged"), (0.0, "timeout")]
 
 
-def test_a_refused_connection_is_tried_again_with_longer_pauses() -> None:
+def test_a_refused_connection_is_tried_again_with_longer_pauses(refusing: str) -> None:
+    pauses: list[float] = []
+
+    class Noted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            pauses.append(timeout or 0.0)
+            return self.is_set()
+
+    call = remote._Call(remote.Reward(remote.Options(url=refusing, retries=4, deadline=300)), None, [(["a"], [{}])])
+    call.over = Noted()
+    (found,) = call.finish()
+    assert isinstance(found, Failure) and "Connection refused" in found.reason
+    assert pauses == [pytest.approx(expected, rel=0.2) for expected in (0.25, 0.5, 1.0, 2.0)]
     start = time.perf_counter()
-    (found,) = ask(f"http://127.0.0.1:{refused_port()}/score", ["a"], retries=2)
-    seconds = time.perf_counter() - start
-    assert found.status == "verifier_error" and "Connection refused" in found.detail
-    assert 0.6 <= seconds < 2.0  # 0.25 s + 0.5 s, each times 0.8 to 1.2
-    start = time.perf_counter()
-    ask(f"http://127.0.0.1:{refused_port()}/score", ["a"], retries=100, deadline=0.4)
-    assert time.perf_counter() - start < 0.5
+    (judged,) = ask(refusing, ["a"], retries=100, deadline=0.4)  # together, so many pauses would last for years
+    assert time.perf_counter() - start < SOON
+    assert judged.reward is None
 
 
 @pytest.mark.parametrize(("status", "asked"), [("500 X", 3), ("503 X", 3), ("429 X", 3), ("400 X", 1), ("401 X", 1)])
@@ -400,10 +413,7 @@ def test_an_interrupt_leaves_nothing_that_waits() -> None:
         call.changed = Interrupted()
         with pytest.raises(KeyboardInterrupt):
             call.finish()
-        until = time.monotonic() + 5
-        while any(t.name == "posttrain-remote" for t in threading.enumerate()) and time.monotonic() < until:
-            time.sleep(0.01)
-    assert not [thread for thread in threading.enumerate() if thread.name == "posttrain-remote"]
+        assert eventually(lambda: not [t for t in threading.enumerate() if t.name == "posttrain-remote"])
 
 
 # ------------------------------------------------------------------ keys
@@ -484,7 +494,7 @@ TEMPLATE = "Question: {prompt}\nReference: {answer}\nAnswer: {completion}\nIs {{
 
 
 def judge_options(url: str, **options: Any) -> dict[str, Any]:
-    return {"url": url, "protocol": "judge", "model": "big", "template": TEMPLATE, "deadline": 5.0, **options}
+    return {"url": url, "protocol": "judge", "model": "big", "template": TEMPLATE, "deadline": 300.0, **options}
 
 
 def says(text: Any, finish: str = "stop") -> Answer:
@@ -656,10 +666,10 @@ def test_no_sign_of_a_chat_template_survives_in_a_completion() -> None:
     plain = "if a < b and x[0] <= y: return [1, 2] # <3 <- [A] a<b>c [x]"
     assert remote.harmless(plain).replace("\u200b", "") == plain
     assert remote.harmless("a < b, x[0], <= <- [1, 2]") == "a < b, x[0], <= <- [1, 2]"
-    start = time.perf_counter()
+    start = time.thread_time()  # which other work on the machine does not move
     for attack in ("<" * 200_000, "<a" * 100_000, "[" * 200_000, "[A" * 100_000, "<" + "a" * 200_000):
         remote.harmless(attack)
-    assert time.perf_counter() - start < 2.0
+    assert time.thread_time() - start < 2.0
 
 
 # ------------------------------------------------------------------ HTTP with a deadline
@@ -671,12 +681,12 @@ def test_a_call_ends_at_its_deadline_however_slowly_bytes_come() -> None:
             start = time.perf_counter()
             with pytest.raises(Failure, match=r"did not answer within 0\.3 s"):
                 Http(fake.url).call("POST", "", {}, timeout=0.3)
-            assert time.perf_counter() - start < 0.6
+            assert time.perf_counter() - start < SOON
 
 
 def test_an_answer_may_be_limited() -> None:
     with server(lambda request: reply([0] * 100)) as fake:
         http = Http(fake.url)
-        assert http.call("POST", "", {}, timeout=5, limit=300) == [0] * 100  # 300 bytes
+        assert http.call("POST", "", {}, timeout=300, limit=300) == [0] * 100  # 300 bytes
         with pytest.raises(Failure, match="answered 200 with more than 299 bytes"):
-            http.call("POST", "", {}, timeout=5, limit=299)
+            http.call("POST", "", {}, timeout=300, limit=299)

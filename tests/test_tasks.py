@@ -142,10 +142,10 @@ class TestCountdown:
         assert max(map(len, solutions.values())) == 46
 
     def test_the_default_with_four_digits(self) -> None:
-        start = time.perf_counter()
+        start = time.thread_time()  # which other work on the machine does not move
         task = tasks.load("countdown", {"numbers": 4})
         train, evaluation = task.rows("train"), task.rows("eval")
-        assert time.perf_counter() - start < 5  # seconds
+        assert time.thread_time() - start < 5  # seconds
         assert len(train) == 4000
         assert len(evaluation) == pytest.approx(4000 * 0.16 / 0.84, rel=0.1)
         # Uniformly drawn prompts would have a median of 3.

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 from posttrain import rewards
+from posttrain.launch.spawn import leave
+from tests.patience import unhurried
 
 TESTS = ["assert f(2) == 4", "assert f(7) == 14"]
 PROGRAMS = {
@@ -14,7 +16,7 @@ PROGRAMS = {
     "import os\nwhile True: os.fork()": "wrong",
     "def f(x): return x + 2": "wrong",
     "x = bytearray(2**40)": "resource",
-    "def f(x):\n    while True: pass": "timeout",
+    "def f(x):\n    while True: pass  # late": "timeout",
     "def f(x): return x + x": "ok",
 }
 
@@ -33,4 +35,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with unhurried():
+        main(Path(sys.argv[1]))
+    leave(0)

@@ -9,7 +9,10 @@ import threading
 import time
 from pathlib import Path
 
-from tests.hostile import Hostile, Options
+from posttrain.launch.spawn import leave
+from posttrain.rewards import _workers
+from tests.hostile import Hostile, Options, hangs
+from tests.patience import patient
 
 WORDS = ["a", "who", "power", "b", "kill SIGKILL", "c", "raise x", "d"] * 2
 
@@ -34,7 +37,6 @@ def judge_and_wait() -> None:
     verifier = Hostile(Options(deadline=600))
     (found,) = verifier.score(["who"], [{}])
     threading.Thread(target=verifier.score, args=(["loop", "power"], [{}] * 2), daemon=True).start()
-    time.sleep(0.3)
     print(os.getpid(), found.answer, flush=True)
     time.sleep(600)
 
@@ -43,8 +45,8 @@ def judge_after_an_interrupt() -> None:
     """Be interrupted in the middle of judging, and judge again."""
     verifier = Hostile(Options(deadline=600))
     (before,) = verifier.score(["who"], [{}])
-    print(before.answer, flush=True)
     try:
+        print(before.answer, flush=True)
         verifier.score(["a", "loop", "sleep 60", "b"], [{}] * 4)
     except KeyboardInterrupt:
         (after,) = verifier.score(["who"], [{}])
@@ -59,8 +61,6 @@ def judge_in_a_child() -> None:
     (found,) = verifier.score(["who"], [{}])
     same = (found.answer or "").split()[1] == (mine.answer or "").split()[1]
     if not child:
-        from posttrain.rewards import _workers
-
         _workers.close()
         os._exit(3 if same else 4)
     _, status = os.waitpid(child, 0)
@@ -68,6 +68,7 @@ def judge_in_a_child() -> None:
 
 
 if __name__ == "__main__":
+    _workers._Judgement = patient(hangs)  # type: ignore[misc]
     if sys.argv[1] == "wait":
         judge_and_wait()
     elif sys.argv[1] == "interrupt":
@@ -76,3 +77,4 @@ if __name__ == "__main__":
         judge_in_a_child()
     else:
         judge_beside_another(Path(sys.argv[1]))
+        leave(0)
