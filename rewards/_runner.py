@@ -154,19 +154,18 @@ read 0 63 write 1 64 readv 19 65 writev 20 66 pread64 17 67 pwrite64 18 68 pread
 close_range 436 436 fstat 5 80 newfstatat 262 79 stat 4 - lstat 6 - statx 332 291 lseek 8 62 mmap 9 222 munmap 11 215
 mprotect 10 226 mremap 25 216 madvise 28 233 msync 26 227 brk 12 214 rt_sigaction 13 134 rt_sigprocmask 14 135
 rt_sigreturn 15 139 rt_sigpending 127 136 rt_sigsuspend 130 133 rt_sigtimedwait 128 137 sigaltstack 131 132 access 21 -
-faccessat 269 48 faccessat2 439 439 openat 257 56 open 2 - getdents 78 - getdents64 217 61 getcwd 79 17 chdir 80 49
-fchdir 81 50 readlink 89 - readlinkat 267 78 mkdir 83 - mkdirat 258 34 rmdir 84 - unlink 87 - unlinkat 263 35
-rename 82 - renameat 264 38 renameat2 316 276 truncate 76 45 ftruncate 77 46 fcntl 72 25 dup 32 23 dup2 33 -
-dup3 292 24 pipe 22 - pipe2 293 59 poll 7 - ppoll 271 73 select 23 - pselect6 270 72 epoll_create 213 -
-epoll_create1 291 20 epoll_ctl 233 21 epoll_wait 232 - epoll_pwait 281 22 eventfd2 290 19 nanosleep 35 101
-clock_nanosleep 230 115 clock_gettime 228 113 clock_getres 229 114 gettimeofday 96 169 time 201 - times 100 153
-getpid 39 172 getppid 110 173 gettid 186 178 getuid 102 174 geteuid 107 175 getgid 104 176 getegid 108 177
-getgroups 115 158 getpgid 121 155 getpgrp 111 - getsid 124 156 getresuid 118 148 getresgid 120 150 getpriority 140 141
-futex 202 98 sched_yield 24 124 sched_getaffinity 204 123 getrandom 318 278 getrusage 98 165 uname 63 160
-sysinfo 99 179 exit 60 93 exit_group 231 94 set_robust_list 273 99 rseq 334 293 set_tid_address 218 96
-arch_prctl 158 - restart_syscall 219 128 getrlimit 97 163 setrlimit 160 164 setitimer 38 103 getitimer 36 102
-alarm 37 - pause 34 - membarrier 324 283 umask 95 166 fsync 74 82 fdatasync 75 83 flock 73 32 utimensat 280 88
-socketpair 53 199 sendto 44 206 recvfrom 45 207 sendmsg 46 211 recvmsg 47 212 shutdown 48 210 getsockopt 55 209
+faccessat 269 48 faccessat2 439 439 getdents 78 - getdents64 217 61 getcwd 79 17 chdir 80 49 fchdir 81 50 readlink 89 -
+readlinkat 267 78 mkdir 83 - mkdirat 258 34 rmdir 84 - unlink 87 - unlinkat 263 35 rename 82 - renameat 264 38
+renameat2 316 276 ftruncate 77 46 dup 32 23 dup2 33 - dup3 292 24 pipe 22 - pipe2 293 59 poll 7 - ppoll 271 73
+select 23 - pselect6 270 72 epoll_create 213 - epoll_create1 291 20 epoll_ctl 233 21 epoll_wait 232 -
+epoll_pwait 281 22 eventfd2 290 19 nanosleep 35 101 clock_nanosleep 230 115 clock_gettime 228 113 clock_getres 229 114
+gettimeofday 96 169 time 201 - times 100 153 getpid 39 172 getppid 110 173 gettid 186 178 getuid 102 174
+geteuid 107 175 getgid 104 176 getegid 108 177 getgroups 115 158 getpgid 121 155 getpgrp 111 - getsid 124 156
+getresuid 118 148 getresgid 120 150 getpriority 140 141 futex 202 98 sched_yield 24 124 sched_getaffinity 204 123
+getrandom 318 278 getrusage 98 165 uname 63 160 sysinfo 99 179 exit 60 93 exit_group 231 94 set_robust_list 273 99
+rseq 334 293 set_tid_address 218 96 arch_prctl 158 - restart_syscall 219 128 getrlimit 97 163 setrlimit 160 164
+setitimer 38 103 getitimer 36 102 alarm 37 - pause 34 - membarrier 324 283 umask 95 166 fsync 74 82 fdatasync 75 83
+flock 73 32 sendto 44 206 recvfrom 45 207 sendmsg 46 211 recvmsg 47 212 shutdown 48 210 getsockopt 55 209
 setsockopt 54 208 getsockname 51 204 getpeername 52 205 statfs 137 43 fstatfs 138 44 sendfile 40 71
 copy_file_range 326 285
 """
@@ -178,10 +177,13 @@ CALLS = {
 """System calls that a program may make with any arguments: their numbers on x86_64 and aarch64 (-1: there is none)."""
 _SOME = {
     "clone": (56, 220), "clone3": (435, 435), "ioctl": (16, 29), "kill": (62, 129), "tkill": (200, 130),
-    "tgkill": (234, 131), "prlimit64": (302, 261),
+    "tgkill": (234, 131), "prlimit64": (302, 261), "open": (2, -1), "openat": (257, 56), "fcntl": (72, 25),
+    "socketpair": (53, 199),
 }  # fmt: skip
 """Those that it may make with some."""
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIO(N)CLEX
+_FCNTLS = (*range(8), 36, 37, 38, *range(1030, 1035))  # duplicates, flags, locks, the size of pipes, seals
+_ACCESS, _TRUNCATE, _KIND_OF_SOCKET = 0o3, 0o1000, 0xF  # O_ACCMODE, O_TRUNC, SOCK_TYPE_MASK
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT, _MOUNT_SETATTR = 444, 445, 446, 442  # on both machines
 _PIVOT_ROOT = (155, 41)
 _CAPSET = (126, 91)
@@ -242,10 +244,14 @@ def filter_program(machine: str, pid: int) -> list[tuple[int, int, int, int]]:
 
     Refused calls fail with EPERM, and with ENOSYS where the C library then takes an older one; a call of another
     machine (32 bits) kills the process.
+
+    Some are refused for what Landlock does not bind, in any version or before a later one: to set the times of a file,
+    or its length by its name, or by opening it for reading; to send a datagram to a socket with a name; to have a
+    signal sent to another when a descriptor is ready (F_SETOWN).
     """
     column = MACHINE[machine]
     allow, refuse, absent, no_tty, kill = 0x7FFF0000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS, 0x50019, 0x80000000
-    load, equal, at_least, masks, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    load, equal, at_least, masks, both, answer = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
     number, arch = 0, 4
 
     def argument(index: int) -> int:
@@ -253,6 +259,12 @@ def filter_program(machine: str, pid: int) -> list[tuple[int, int, int, int]]:
 
     def one_of(values: Iterator[int] | tuple[int, ...], verdict: int) -> list[tuple[int, int, int, int]]:
         return [step for value in values for step in ((equal, 0, 1, value), (answer, 0, 0, verdict))]
+
+    def opening(flags: int) -> list[tuple[int, int, int, int]]:
+        """What is not opened for writing is not truncated; 3 stands for neither reading nor writing."""
+        harmful = (_TRUNCATE, _TRUNCATE | _ACCESS, _ACCESS)
+        steps = [(load, 0, 0, argument(flags)), (both, 0, 0, _TRUNCATE | _ACCESS), *one_of(harmful, refuse)]
+        return [*steps, (answer, 0, 0, allow)]
 
     program = [(load, 0, 0, arch), (equal, 1, 0, _AUDIT_ARCH[column]), (answer, 0, 0, kill), (load, 0, 0, number)]
     program += one_of((numbers[column] for numbers in CALLS.values() if numbers[column] >= 0), allow)
@@ -272,9 +284,23 @@ def filter_program(machine: str, pid: int) -> list[tuple[int, int, int, int]]:
             for name in ("kill", "tgkill", "tkill")  # `tkill` names a thread: the first one's number is `pid`
         },
         "prlimit64": [(load, 0, 0, argument(0)), *one_of((0,), allow), (answer, 0, 0, refuse)],
+        "open": opening(1),
+        "openat": opening(2),
+        "fcntl": [(load, 0, 0, argument(1)), *one_of(_FCNTLS, allow), (answer, 0, 0, refuse)],
+        # Of the family AF_UNIX, and kinds that speak with their own pair alone.
+        "socketpair": [
+            (load, 0, 0, argument(0)),
+            (equal, 1, 0, socket.AF_UNIX),
+            (answer, 0, 0, refuse),
+            (load, 0, 0, argument(1)),
+            (both, 0, 0, _KIND_OF_SOCKET),
+            *one_of((socket.SOCK_STREAM, socket.SOCK_SEQPACKET), allow),
+            (answer, 0, 0, refuse),
+        ],
     }
     for name, steps in guarded.items():
-        program += [(equal, 0, len(steps), _SOME[name][column]), *steps]
+        if _SOME[name][column] >= 0:
+            program += [(equal, 0, len(steps), _SOME[name][column]), *steps]
     program += [(at_least, 0, 1, 447), (answer, 0, 0, absent), (answer, 0, 0, refuse)]
     return program
 
@@ -321,11 +347,11 @@ def _has_landlock() -> bool:
     return False
 
 
-def install_landlock(seen: Mapping[str, list[str]], newest: int, writable: str | None) -> None:
-    """Bind this process to what `places` has found, to `DEVICES`, and to do in `writable` what it likes, for good.
+def landlock_rules(seen: Mapping[str, list[str]], newest: int, writable: str | None) -> int:
+    """Rules that allow what `places` has found, `DEVICES`, and in `writable` everything: an open descriptor.
 
-    What the kernel's version cannot bind stays as it is: truncating (from 3), TCP ports (from 4), device commands
-    (from 5), signals and abstract sockets (from 6).
+    What the kernel's version cannot bind stays as it is, and is for seccomp: truncating (from 3), TCP ports (from 4),
+    device commands (from 5), signals and abstract sockets (from 6); in all, sockets with a path, and times of files.
 
     Raises:
         Broken: the kernel does not know it.
@@ -349,6 +375,15 @@ def install_landlock(seen: Mapping[str, list[str]], newest: int, writable: str |
         rule = struct.pack("=Qi", rights & held, descriptor)
         _syscall(f"Landlock for {path}", _LANDLOCK_ADD, ruleset, 1, rule, 0)
         os.close(descriptor)
+    return ruleset
+
+
+def install_landlock(ruleset: int) -> None:
+    """Bind this process by `landlock_rules`, for good.
+
+    Raises:
+        Broken: the kernel refuses.
+    """
     _syscall("Landlock", _LANDLOCK_RESTRICT, ruleset, 0)
     os.close(ruleset)
 
@@ -464,11 +499,12 @@ def bubblewrap(program: str, data: int, settings: Mapping[str, Any]) -> list[str
     for path in settings["places"]["hidden"]:
         if not os.path.abspath(__file__).startswith(path):
             command += ["--tmpfs", path]
+    command += ["--perms", "0755", "--dir", "/dev"]
     for path in DEVICES:
         command += ["--dev-bind", path, path]
     if settings["sized"]:
         command += ["--size", str(settings["folder"])]
-    command += ["--tmpfs", "/tmp", "--chdir", "/tmp", "--"]  # noqa: S108
+    command += ["--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp", "--"]  # noqa: S108
     return [*command, interpreter, "-P", "-s", "-S", os.path.abspath(__file__), "once", json.dumps(settings), str(data)]
 
 
@@ -580,6 +616,11 @@ def _lock_in(settings: Mapping[str, Any], inside: bool) -> None:
         if user is not None:
             _reach_libraries()
         os.chdir("/")
+    ruleset = None
+    # Namespaces hold without the other two; without namespaces, both must be there.
+    if tier != "none" and settings["landlock"] and (not own_namespace or _has_landlock()):
+        # Before the change of user, who may not walk to the libraries by name.
+        ruleset = landlock_rules(settings["places"], settings["landlock"], "/tmp" if own_namespace else None)  # noqa: S108
     _limit(settings, processes)
     if user is not None:
         _become(user)
@@ -591,9 +632,8 @@ def _lock_in(settings: Mapping[str, Any], inside: bool) -> None:
         _prctl("pdeathsig", _PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if tier == "none":
         return
-    # Namespaces hold without the other two; without namespaces, both must be there.
-    if settings["landlock"] and (not own_namespace or _has_landlock()):
-        install_landlock(settings["places"], settings["landlock"], "/tmp" if own_namespace else None)  # noqa: S108
+    if ruleset is not None:
+        install_landlock(ruleset)
     if settings["seccomp"] and (not own_namespace or _has_seccomp()):
         install_filter()
 

@@ -4,8 +4,9 @@ Isolation comes in *tiers*, the first that holds is taken:
 
 - `bubblewrap`: the program `bwrap` makes namespaces and a file system of read-only libraries;
 - `unshare`: the same by system calls, for root or where the kernel gives user namespaces to everybody;
-- `landlock`: Landlock and seccomp, which need no privilege; there is no writable folder, and a thread bomb is bounded
-  more loosely where this is neither root nor can have a number of its own;
+- `landlock`: Landlock and seccomp, which need no privilege; there is no writable folder, a program can tell which files
+  are there and how large they are, and a thread bomb is bounded more loosely where this is neither root nor can have a
+  number of its own;
 - `none`: limits and a clean environment, nothing else; never taken unless it is named.
 
 The first two add Landlock and seccomp where the kernel has them, so that a program may do the same in all tiers and a
@@ -255,10 +256,17 @@ class Program:
         Raises:
             Stopped: it ended in another way than by itself and without an error.
         """
+        said = 0
         while self._report is None:
-            with contextlib.suppress(ValueError):
+            try:
                 for message in self._messages():
                     self._note(message)
+                    said += 1
+                if said > 1:
+                    raise ValueError("more than one complaint")
+            except ValueError:
+                self._stop()
+                raise Stopped("wrong", "the program spoke in place of its runner") from None
         self._drain()
         self._judge_end()
         return bytes(self._printed)
@@ -502,6 +510,12 @@ ATTACKS = (
     Attack("read the parent's environment", _attempt("open('/proc/{parent}/environ', 'rb').read()"), ("contained",)),
     Attack("write beside the user's files", _attempt("open({secret!r} + '.new', 'w').write('x')"), ("contained",)),
     Attack("delete a file of the user", _attempt("import os; os.unlink({secret!r})"), ("contained",)),
+    Attack("cut a file of the user short, or set its times", _attempt("import os", *(
+        ["for change in (lambda: os.truncate({secret!r}, 0), lambda: os.utime({secret!r}, (1, 1)),",
+         "               lambda: os.open({secret!r}, os.O_RDONLY | os.O_TRUNC)):",
+         "    try: change()",
+         "    except OSError: continue",
+         "    return", "raise OSError"])), ("contained",)),
     Attack("kill the parent", _attempt("import os; os.kill({parent}, 0)"), ("contained",)),
     Attack("signal everybody", _attempt("import os, signal; os.kill(-1, signal.SIGCONT)"), ("contained",)),
     Attack(
@@ -517,6 +531,17 @@ ATTACKS = (
     Attack(
         "connect to an abstract socket",
         _attempt("import socket; socket.socket(socket.AF_UNIX).connect('\\0' + {abstract!r})"),
+        ("contained",),
+    ),
+    Attack(
+        "send to a socket with a name",
+        _attempt("import socket; a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+                 "a.sendto(b'x', {named!r})"),
+        ("contained",),
+    ),
+    Attack(
+        "have the kernel signal the parent",
+        _attempt("import fcntl, os; r, w = os.pipe(); fcntl.fcntl(r, fcntl.F_SETOWN, {parent})"),
         ("contained",),
     ),
     Attack("start a program", _attempt("import os; os.execv('/bin/true', ['true'])"), ("contained", "wrong")),
@@ -643,7 +668,13 @@ def _targets() -> Iterator[dict[str, Any]]:
         name = f"posttrain-{os.getpid()}-{os.path.basename(folder)}"
         abstract.bind("\0" + name)
         abstract.listen(1)
-        yield {"secret": secret, "parent": os.getpid(), "port": server.getsockname()[1], "abstract": name}
+        named = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        path = os.path.join(folder, "socket")
+        with contextlib.suppress(OSError):  # a long path, or a file system without sockets
+            named.bind(path)
+            os.chmod(path, 0o777)  # noqa: S103
+        port = server.getsockname()[1]
+        yield {"secret": secret, "parent": os.getpid(), "port": port, "abstract": name, "named": path}
 
 
 _shared: dict[Tier, Sandbox] = {}

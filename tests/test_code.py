@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,13 +35,12 @@ from posttrain.errors import UserError
 from posttrain.rewards import Verdict, Verifier, _runner, _sandbox, _suites, _workers, code
 from posttrain.rewards._sandbox import TIERS, Limits, Probe, Sandbox, Stopped, Tier
 from posttrain.tasks import code as task_code
+from tests.patience import LATE, SOON, eventually, unhurried
 from tests.processes import ROOT, finish
 from tests.two_coders import PROGRAMS
 
 TIMEOUT, DEADLINE = 1.0, 4.0
 """Seconds for one test of a program under attack, and for all, starting it included."""
-SLACK = 1.0
-"""Seconds beyond the deadline that a verdict may take."""
 MARK = f":/nowhere/posttrain-{os.getpid()}"
 PLACES = ("/dev/shm", "/var/tmp", "/tmp")  # noqa: S108
 """Where an attack fills the disk, with files that are called by numbers."""
@@ -53,7 +52,7 @@ PRINTED = [{"input": "2\n", "output": "4"}, {"input": "7\n", "output": "14"}]
 def _of_our_own() -> Iterator[None]:
     """Workers and servers that carry our mark in their environment, and are gone at the end."""
     _workers.close()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, unhurried():
         patch.setenv("PATH", os.environ["PATH"] + MARK)
         yield
         _workers.close()
@@ -233,15 +232,33 @@ def test_partial_credit_is_for_wrong_programs_only(best: Tier) -> None:
 
 
 def test_a_test_has_its_own_deadline(best: Tier) -> None:
-    slow = "import time\nx = float(input())\ntime.sleep(x)\nprint(x)"
-    verifier = rewards.load("code", {"sandbox": best, "timeout": 1.5, "deadline": 20.0})
-    assert judge(verifier, slow, [{"input": "0.6", "output": "0.6"}] * 3).status == "ok"
-    found = judge(verifier, slow, [{"input": "0.1", "output": "0.1"}, {"input": "9", "output": "9.0"}])
-    assert (found.status, found.seconds < 6) == ("timeout", True)
-    assert found.detail == "test 2 of 2: more than 1.5 s"
+    """The clock is 50 s fast after every test: three are within 80 s each, and not within 120 s together."""
+    slow = "import time\nx = float(input())\ntime.sleep(x)\nprint(x)" + LATE
+    fast, run = [0.0], Sandbox.run
+
+    def slowly(*arguments: Any) -> bytes:
+        fast[0] += 50.0
+        return run(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, Sandbox(best) as sandbox:
+        patch.setattr(_sandbox, "shared", lambda tier: sandbox)
+        for module in (_sandbox, code):
+            patch.setattr(module, "monotonic", lambda: time.monotonic() + fast[0])
+        patch.setattr(Sandbox, "run", slowly)
+        for deadline, expected in (
+            (1000.0, ("ok", "")),
+            (120.0, ("timeout", "test 3 of 3: more than 120 s for all tests")),
+        ):
+            verifier = rewards.load("code", {"sandbox": best, "timeout": 80.0, "deadline": deadline})
+            found = verifier.attempt(fence(slow), {"tests": [{"input": "0", "output": "0.0"}] * 3})
+            assert (found.status, found.detail) == expected
+    verifier = rewards.load("code", {"sandbox": best, "timeout": 1.5, "deadline": 200.0})
+    found = judge(verifier, slow, [{"input": "60", "output": "60.0"}])
+    assert (found.status, found.seconds < SOON) == ("timeout", True)
+    assert found.detail == "test 1 of 1: more than 1.5 s"
     patient = rewards.load("code", {"sandbox": best, "timeout": 5.0, "deadline": 2.0})
-    found = judge(patient, slow, [{"input": "0.5", "output": "0.5"}] * 9)
-    assert found.status == "timeout" and found.seconds < 2.0 + SLACK
+    found = judge(patient, slow, [{"input": "0.5", "output": "0.5"}] * 100)
+    assert found.status == "timeout" and found.seconds < SOON
 
 
 @pytest.mark.parametrize(
@@ -271,10 +288,10 @@ def test_the_program_of_a_completion(completion: str, program: str | None) -> No
 
 
 def test_finding_the_program_is_linear(verifier: Verifier) -> None:
-    start = time.perf_counter()
+    start = time.thread_time()  # which other work on the machine does not move
     for text in ("```" * 300_000, "``` \n" * 200_000, " " * 1_000_000 + "```", "~" * 1_000_000, "```\n" + "`" * 10**6):
         code.extract(text)
-    assert time.perf_counter() - start < 5
+    assert time.thread_time() - start < 5
     (long,) = verifier.score([fence("#" * code.MAX_PROGRAM)], [{"tests": DOUBLE}])
     assert (long.reward, long.status) == (0.0, "resource")
 
@@ -396,13 +413,6 @@ def programs_left() -> list[psutil.Process]:
     return left
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    until = time.monotonic() + seconds
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.05)
-    return condition()
-
-
 def refused(tier: str) -> bool:
     """Whether this machine lacks a sandbox; then the reward is refused, and the error says what would give it."""
     if _sandbox.probed(tier).holds:  # type: ignore[arg-type]
@@ -427,6 +437,7 @@ def test_attacks_cost_themselves_and_nobody_else(tier: Tier, watched: Watched) -
     corpus = attacks(**watched.names())
     assert len(corpus) >= 60
     for name, kind, statuses, program in corpus:
+        program += f"\n{LATE}\n" if "timeout" in statuses else ""
         completions += [fence(program), fence("def f(x): return 2 * x")]
         rows += [{"tests": DOUBLE if kind == "call" else PRINTED}, {"tests": DOUBLE}]
         expected += [(name, statuses), (f"neighbour of {name}", ["ok"])]
@@ -438,7 +449,7 @@ def test_attacks_cost_themselves_and_nobody_else(tier: Tier, watched: Watched) -
     ]
     assert not wrong
     late = [(name, verdict.seconds) for verdict, (name, _) in zip(found, expected, strict=True)
-            if verdict.seconds > DEADLINE + SLACK]  # fmt: skip
+            if verdict.seconds > DEADLINE + SOON]  # fmt: skip
     assert not late
     assert eventually(lambda: not programs_left()), programs_left()
     assert watched.state() == watched.before
@@ -464,6 +475,57 @@ def test_landlock_of_an_older_kernel_holds(version: int) -> None:
         return
     found = _sandbox.probe("landlock", Limits(landlock=version))
     assert found.holds, found.reason
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_programs_have_the_standard_library_and_the_devices(tier: Tier) -> None:
+    """In all sandboxes, whoever may walk to where Python is."""
+    if refused(tier):
+        return
+    program = (
+        "import asyncio, csv, hashlib, importlib.resources, json, mmap, sqlite3, unicodedata, xml.etree.ElementTree\n"
+        "import zlib, zoneinfo\nfor name in ('null', 'urandom'): open('/dev/' + name, 'r+b', 0).read(1)\n"
+        "open('/dev/null', 'w').write('x')\n"
+        "try: open('/tmp/x', 'w').write('x')\nexcept OSError: print('no folder')\nelse: print(open('/tmp/x').read())"
+    )
+    with Sandbox(tier) as sandbox:
+        assert sandbox.run(program, b"", 20.0) == (b"no folder\n" if tier == "landlock" else b"x\n")
+
+
+CALLED = """
+ptrace 101 0 0 0 0, process_vm_readv 310 P 0 0 0 0 0, pidfd_open 434 1 0, pidfd_getfd 438 0 0 0, kcmp 312 1 1 0 0 0,
+rt_sigqueueinfo 129 P 9 B, tgkill 234 P P 0, kill 62 -1 0, prlimit64 302 1 7 0 B, setpriority 141 0 0 -5,
+sched_setaffinity 203 0 8 B, sched_setscheduler 144 0 1 B, ioprio_set 251 1 0 0, vfork 58, clone 56 17 0 0 0 0,
+clone3 435 B 88, execve 59 B 0 0, execveat 322 -100 B 0 0 0, setsid 112, setpgid 109 0 0, prctl 157 36 1 0 0 0,
+unshare 272 268435456, setns 308 3 0, chroot 161 B, mount 165 B B B 0 0, fsopen 430 B 0, open_tree 428 -100 B 0,
+pivot_root 155 B B, personality 135 262144, seccomp 317 0 0 0, landlock_create_ruleset 444 0 0 1, setuid 105 0,
+socket 41 1 1 0, socket 41 2 1 0, socket 41 16 3 0, socketpair 53 1 2 0 B, io_uring_setup 425 8 B, userfaultfd 323 0,
+memfd_create 319 B 0, memfd_secret 447 0, shmget 29 1234 4096 950, semget 64 1234 1 950, msgget 68 1234 950,
+mq_open 240 B 66 438 0, inotify_init1 294 0, fanotify_init 300 0 0, bpf 321 0 0 0, perf_event_open 298 B 0 -1 -1 0,
+add_key 248 B B B 1 -3, keyctl 250 0 0, mlockall 151 3, process_madvise 440 1 0 0 0 0, splice 275 0 0 1 0 1 0,
+vmsplice 278 1 0 0 0, timer_create 222 0 0 B, symlink 88 B B, link 86 B B, mknod 133 B 4534 2049, chmod 90 B 511,
+truncate 76 B 0, utimensat 280 -100 B 0 0, open_by_handle_at 304 0 0 0, name_to_handle_at 303 -100 B 0 0 0,
+modify_ldt 154 0 B 10, iopl 172 3, syslog 103 3 B 100, reboot 169 0 0 0 0, settimeofday 164 0 0, swapon 167 B 0,
+quotactl 179 0 0 0 0, fcntl 72 0 8 1, fcntl 72 0 10 9, fcntl 72 0 1024 0, ioctl 16 0 21522 B, x32_getpid 1073741863
+"""
+"""System calls by their numbers on x86_64 and arguments; B: a buffer of NULs, P: the parent."""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="calls by the numbers of this machine")
+@pytest.mark.parametrize("tier", TIERS)
+def test_no_system_call_leads_out(tier: Tier) -> None:
+    if refused(tier):
+        return
+    program = (
+        "import ctypes, os\nc = ctypes.CDLL(None, use_errno=True)\nb = ctypes.create_string_buffer(4096)\n"
+        f"for call in {CALLED!r}.split(','):\n"
+        "    name, *words = call.split()\n"
+        "    given = [b if w == 'B' else ctypes.c_long(os.getppid() if w == 'P' else int(w)) for w in words]\n"
+        "    if c.syscall(*given) >= 0 or ctypes.get_errno() not in (1, 25, 38): print(name, ctypes.get_errno())\n"
+        "print('all')"
+    )
+    with Sandbox(tier) as sandbox:
+        assert sandbox.run(program, b"", 20.0) == b"all\n"  # all others EPERM, ENOTTY or ENOSYS
 
 
 def test_no_program_sees_another(best: Tier) -> None:
@@ -634,8 +696,8 @@ def test_the_filter_allows_what_it_lists_and_nothing_else() -> None:
             what, true, false, constant = program[place]
             if what == 0x06:
                 return constant
-            if what == 0x20:
-                held = words.get(constant, 0)
+            if what in (0x20, 0x54):
+                held = words.get(constant, 0) if what == 0x20 else held & constant
                 place += 1
                 continue
             holds = {0x15: held == constant, 0x35: held >= constant, 0x45: bool(held & constant)}[what]
@@ -645,13 +707,14 @@ def test_the_filter_allows_what_it_lists_and_nothing_else() -> None:
     thread = 0x3D0F00
     for machine, column in _runner.MACHINE.items():
         program, arch = _runner.filter_program(machine, pid=77), (0xC000003E, 0xC00000B7)[column]
-        fork, other, ioctl, kill, _, tgkill, limit = (numbers[column] for numbers in _runner._SOME.values())
+        some = {name: numbers[column] for name, numbers in _runner._SOME.items()}
+        fork, other, ioctl, kill, tgkill = (some[name] for name in ("clone", "clone3", "ioctl", "kill", "tgkill"))
+        limit, opens, controls, pair = (some[name] for name in ("prlimit64", "openat", "fcntl", "socketpair"))
         permitted = {numbers[column] for numbers in _runner.CALLS.values()} - {-1}
-        some = {fork, other, ioctl, kill, tgkill, limit, _runner._SOME["tkill"][column]}
-        assert not permitted & some
+        assert not permitted & set(some.values())
         for number in range(-1, 600):
             expected = allowed if number in permitted else absent if number >= 447 else refusal
-            if number not in some and number >= 0:
+            if number not in some.values() and number >= 0:
                 assert decide(program, arch, number) == expected, (machine, number)
         assert decide(program, 0x40000003, 1) == dead  # 32 bits
         assert decide(program, arch, 0x40000001) == absent  # x32
@@ -663,6 +726,16 @@ def test_the_filter_allows_what_it_lists_and_nothing_else() -> None:
         assert decide(program, arch, kill, -1) == refusal and decide(program, arch, kill, 0) == refusal
         assert decide(program, arch, ioctl, 0, 0x5401) == allowed and decide(program, arch, ioctl, 0, 0x5412) == 0x50019
         assert decide(program, arch, limit, 0) == allowed and decide(program, arch, limit, 1) == refusal
+        for flags in (0, 1, 2, os.O_CREAT | 1, os.O_TRUNC | 1, os.O_TRUNC | 2, os.O_DIRECTORY, os.O_PATH):
+            assert decide(program, arch, opens, -100, 0, flags) == allowed
+        for flags in (os.O_TRUNC, os.O_TRUNC | os.O_CREAT, 3, os.O_TRUNC | 3):  # cut short what is not opened to write
+            assert decide(program, arch, opens, -100, 0, flags) == refusal
+        assert {command for command in range(2048) if decide(program, arch, controls, 5, command) == allowed} == {
+            0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1031, 1032, 1033, 1034,
+        }  # fmt: skip
+        assert decide(program, arch, pair, 1, 1) == decide(program, arch, pair, 1, 5 | 0o2000000) == allowed
+        for family, kind in ((1, 2), (1, 3), (1, 2 | 0o2000000), (2, 1), (16, 1)):  # datagrams; other families
+            assert decide(program, arch, pair, family, kind) == refusal
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="reads the headers of this machine")
@@ -716,12 +789,12 @@ class Executor(http.server.BaseHTTPRequestHandler):
         if behaviour == "late":
             time.sleep(0.6)
         if behaviour == "never":
-            time.sleep(8)
+            time.sleep(2 * SOON)
             self.close_connection = True
             return
         if behaviour == "drip":
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-            for _ in range(40):
+            for _ in range(999):
                 self.wfile.write(b" ")
                 self.wfile.flush()
                 time.sleep(0.1)
@@ -782,8 +855,9 @@ def executor() -> Iterator[str]:
         thread.join()
 
 
-def remote(kind: str, url: str, timeout: float = 5.0, **options: Any) -> Verifier:
-    return rewards.load("code", {"timeout": timeout, "executor": {"kind": kind, "url": url, **options}})
+def remote(kind: str, url: str, timeout: float = 60.0, **options: Any) -> Verifier:
+    executor = {"kind": kind, "url": url, "deadline": 300.0, **options}
+    return rewards.load("code", {"timeout": timeout, "executor": executor})
 
 
 @pytest.mark.parametrize("kind", ["sandbox_fusion", "piston"])
@@ -818,9 +892,9 @@ def test_the_formats_of_the_requests(executor: str) -> None:
     for kind in ("sandbox_fusion", "piston"):
         assert judge(remote(kind, executor + "/right"), "print(1)", [{"input": "x", "output": "1"}]).status == "ok"
     assert Executor.asked == [
-        {"code": "print(1)\n", "language": "python", "stdin": "x", "compile_timeout": 5.0, "run_timeout": 5.0},
+        {"code": "print(1)\n", "language": "python", "stdin": "x", "compile_timeout": 60.0, "run_timeout": 60.0},
         {"language": "python", "version": "*", "files": [{"name": "main.py", "content": "print(1)\n"}], "stdin": "x",
-         "args": [], "compile_timeout": 5000, "run_timeout": 5000, "run_memory_limit": 536870912},
+         "args": [], "compile_timeout": 60000, "run_timeout": 60000, "run_memory_limit": 536870912},
     ]  # fmt: skip
 
 
@@ -831,10 +905,11 @@ def test_the_formats_of_the_requests(executor: str) -> None:
      ("never", "did not answer within"), ("drip", "did not answer within")],
 )  # fmt: skip
 def test_an_executor_that_fails_gives_no_reward(executor: str, kind: str, behaviour: str, reason: str) -> None:
-    verifier = remote(kind, f"{executor}/{behaviour}", deadline=0.8, retries=1)
+    deadline = 0.8 if reason == "did not answer within" else 300.0
+    verifier = remote(kind, f"{executor}/{behaviour}", deadline=deadline, retries=1)
     start = time.perf_counter()
     found = judge(verifier, "def f(x): return 2 * x", DOUBLE)
-    assert time.perf_counter() - start < 0.8 + SLACK
+    assert time.perf_counter() - start < SOON
     assert (found.reward, found.status) == (None, "verifier_error")
     assert reason in found.detail
 
