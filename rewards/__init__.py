@@ -171,19 +171,37 @@ class Verifier(ABC):
 
 
 def text_of(completion: Completion) -> str:
-    """The text of a completion: itself, or the joined contents of its assistant messages."""
+    """The text of a completion: itself, or the joined contents of its assistant messages, of parts those with text.
+
+    Raises:
+        TypeError: a content is neither text nor a list of parts.
+    """
     if isinstance(completion, str):
         return completion
-    return "".join(str(message.get("content") or "") for message in completion if message.get("role") == "assistant")
+    return "".join(_said(message.get("content")) for message in completion if message.get("role") == "assistant")
+
+
+def _said(content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list | tuple):
+        raise TypeError(f"a message's content is {content!r:.80}, neither text nor a list of parts")
+    parts = (part.get("text") if isinstance(part, Mapping) else part for part in content)
+    return "".join(_said(part) for part in parts)
 
 
 def after_thinking(text: str) -> str | None:
     """The part of a completion that answers: what follows the last `</think>`, or everything where there is none.
 
-    `None` when `<think>` was opened and never closed: a thought that was cut off holds no answer.
+    `None` when a `<think>` behind that was never closed: a thought that was cut off holds no answer.
+
+    Where the chat template puts `<think>` at the end of the prompt, a completion begins inside its thought, and one
+    that was cut off there has no tag at all: nothing tells it from an answer, so it is read as one, and what it happens
+    to say may be right. `mask_truncated_completions` of TRL leaves it out of the loss, and the reward `format` with
+    `think_in_prompt` says 0 of it.
     """
-    _, closed, answer = text.rpartition("</think>")
-    return None if not closed and "<think>" in text else answer
+    answer = text.rpartition("</think>")[2]
+    return None if "<think>" in answer else answer
 
 
 def answer_part(text: str) -> str:

@@ -44,7 +44,8 @@ _STOPS = _LINKS | frozenset(".;!?\n")
 _BEFORE = frozenset(
     {"option", "choice", "letter", "either", "clearly", "therefore", "thus", "definitely", "(", "[", "-"}
 )
-_JOINS = frozenset({"or", "and", ",", "/", "&"})
+_JOINS = frozenset({"or", "and", ",", "/", "&", "+", "|", "maybe", "possibly", "perhaps", "alternatively"})
+_NEGATIONS = frozenset({"not", "never", "cannot", "t"})  # the t of don't, whose apostrophe is unseen
 _RIGHT = frozenset({("is", how) for how in ("correct", "right")} | {("is", "the", how) for how in ("correct", "right")})
 _CLOSING = frozenset(")].:,;!\n-–—|")
 _WITHIN = 8
@@ -182,7 +183,10 @@ def _named(text: str, choices: _Choices) -> list[str] | None:
     if box is not None:
         tokens = _tokens(box)
         label = choices.of_text(tokens)
-        found, _ = _labels_at(tokens, 0, choices)
+        found, end = _labels_at(tokens, 0, choices)
+        if found:  # whatever stands between them, a second label contradicts, unless it is a word of a text: vitamin C
+            rest = range(_past_text(tokens, end, found[-1], choices), len(tokens))
+            found += [tokens[i] for i in rest if tokens[i] in choices.labels and _begins(tokens[i - 1], choices)]
         return _once(found or ([label] if label else [])) if _bare(tokens) else None
     tokens = _tokens(text)
     named = _once(_stated(tokens, choices)) or _once(_lone(tokens, choices))
@@ -233,8 +237,9 @@ def _labels_at(tokens: Sequence[str], position: int, choices: _Choices) -> tuple
         if label is None:
             break
         labels.append(label)
-        position = end = position + 1
-        joined = False
+        end = position + 1
+        position = _past_text(tokens, end, label, choices)
+        joined = position < len(tokens) and tokens[position] in choices.labels
         while position < len(tokens) and (tokens[position].casefold() in _JOINS or tokens[position] in "()[]"):
             joined = joined or tokens[position].casefold() in _JOINS
             position += 1
@@ -243,12 +248,28 @@ def _labels_at(tokens: Sequence[str], position: int, choices: _Choices) -> tuple
     return labels, end
 
 
+def _past_text(tokens: Sequence[str], position: int, label: str, choices: _Choices) -> int:
+    """Where the text of a label ends that stands at `position`, as in `A (46)`; `position` where it does not."""
+    text = choices.texts[choices.labels.index(label)] if choices.texts else []
+    start = position
+    while start < min(position + 2, len(tokens)) and (tokens[start] in _CLOSING or tokens[start] in "([="):
+        start += 1
+    end = start + len(text)
+    return end if text and _bare(tokens[start:end]) == text else position
+
+
+def _begins(before: str, choices: _Choices) -> bool:
+    """Whether a label may follow: behind a sign, another label or a word that joins."""
+    return not before.isalnum() or before in choices.labels or before.casefold() in _JOINS
+
+
 def _stated(tokens: Sequence[str], choices: _Choices) -> Iterator[str]:
     """The labels of everything that says what the answer is."""
     words = [token.casefold() for token in tokens]
     for i, word in enumerate(words):
         if word in _VERBS:
-            yield from _labels_at(tokens, i + 1, choices)[0]
+            if not _NEGATIONS & set(words[max(0, i - 2) : i]):
+                yield from _labels_at(tokens, i + 1, choices)[0]
         elif word in _SUBJECTS:
             labels, end = _labels_at(tokens, i + 1, choices)
             if word == "answer" and labels and words[end : end + 1] in ([], ["\n"]):

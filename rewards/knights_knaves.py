@@ -6,9 +6,9 @@ one, and of that the last `MAX_CHARS` characters.
 Form `words`. An assertion is `Alice is a knight`, `Alice is not a knave`, `Alice: knight` (also with `=`, a dash, an
 arrow, `(` or a table's `|`); case, quotes, emphasis and emojis don't matter, and a question or a hedge (`if`, `maybe`,
 `says`, ... before the name) asserts nothing. Assertions with nothing between them but punctuation, list numbers and
-`and` are a list. The answer is the last list that names everybody, in any order, and it stands or falls with all that
-is asserted after it: whoever is named both ways, or is none of the people, makes it wrong. So an answer is one
-assignment, however it is hedged.
+`and` are a list; what follows behind `or` can only contradict it. The answer is the last list that names everybody, in
+any order, and it stands or falls with all that is asserted after it: whoever is named both ways, or is none of the
+people, makes it wrong. So an answer is one assignment, however it is hedged.
 
 Form `symbols`. The answer is what follows the last `=`, or everything: exactly one `K` or `N` per person, in order.
 
@@ -168,6 +168,8 @@ class _Assertion(NamedTuple):
     kinds: frozenset[str]
     start: int
     end: int
+    alternative: bool = False
+    """Whether it stands behind another and `or`: it contradicts that one, and completes no list."""
 
 
 def _last_list(tokens: list[str], names: Sequence[list[str]]) -> str:
@@ -187,7 +189,7 @@ def _last_list(tokens: list[str], names: Sequence[list[str]]) -> str:
     after: list[_Assertion] = []
     while lists:
         last = lists.pop()
-        if {found.person for found in last} >= set(range(len(names))):
+        if {found.person for found in last if not found.alternative} >= set(range(len(names))):
             if any(found.person is None for found in last):
                 raise ValueError("names somebody who is none of the people")
             kinds = [
@@ -203,7 +205,7 @@ def _last_list(tokens: list[str], names: Sequence[list[str]]) -> str:
 
 def _is_glue(token: str) -> bool:
     """Whether a list goes on across the token."""
-    return token == "and" or token.isdecimal() or not (token == "?" or token.isalnum())
+    return token in ("and", "or") or token.isdecimal() or not (token == "?" or token.isalnum())
 
 
 def _assertions(tokens: list[str], names: Sequence[list[str]]) -> Iterator[_Assertion]:
@@ -211,7 +213,7 @@ def _assertions(tokens: list[str], names: Sequence[list[str]]) -> Iterator[_Asse
     # Longer names first, so that nobody is taken for somebody whose name begins alike.
     by_length = sorted(enumerate(names), key=lambda numbered: -len(numbered[1]))
     word_before = ""
-    position = 0
+    position = last_end = 0
     while position < len(tokens):
         token = tokens[position]
         known = next(((i, n) for i, n in by_length if tokens[position : position + len(n)] == n), None)
@@ -219,8 +221,10 @@ def _assertions(tokens: list[str], names: Sequence[list[str]]) -> Iterator[_Asse
         said = _kinds(tokens, position + length) if known or token.isalpha() else None
         if said is not None:
             kinds, end = said
-            if word_before not in _HEDGES:
-                yield _Assertion(person, kinds, position, end)
+            alternative = word_before == "or" and last_end > 0 and all(map(_is_glue, tokens[last_end:position]))
+            if alternative or word_before not in _HEDGES:
+                yield _Assertion(person, kinds, position, end, alternative)
+                last_end = end
             position = end
             continue
         if token in _SENTENCE_ENDS:

@@ -6,11 +6,13 @@ number counts as its answer.
 1. Both sides are normalised (NFKC, LaTeX spellings, white space) and compared as text, ignoring case in words.
 2. Tuples, intervals, sets, unions and lists are taken apart, and their elements compared: sets and lists in any order
    (a list with repeats counted), everything else in order. `2 \pm 3` is the list `5, -1`. A list may stand for a set,
-   and for a tuple in the same order; a set is no tuple; brackets of a pair must agree, those of longer tuples need not.
-3. Two plain numbers (integers, decimals, fractions of them, mixed numbers, repeating decimals, `a \times 10^n`), and
-   their products and quotients with one square root and π, are compared exactly; so 0.333 is not 1/3.
+   and for a tuple in the same order, a tuple for a list only where that gives names (`x=3, y=-2`); a set is no tuple;
+   brackets of a pair must agree, those of longer tuples need not. `\{x \mid x > 2\}` is the inequality in it.
+3. Two plain numbers (integers, decimals, fractions of them, mixed numbers, repeating decimals, `a \times 10^n`, `1e5`),
+   and their products and quotients with one square root and π, are compared exactly; so 0.333 is not 1/3.
 4. Every other pair goes to math-verify in a worker process that is killed at the `deadline`, with both sides in a
-   `\boxed{}`: without one it reads `2\pi` as 2. There a decimal equals what it agrees with to 12 decimals.
+   `\boxed{}`: without one it reads `2\pi` as 2. There a decimal equals what it agrees with to 12 decimals. Of equations
+   like `6=2\cdot3`, every side without letters counts; `2a` is not `2A`, `f'` not `f`, and `0.3...` not 0.3.
 
 `percent`, `units`, `boxes`, `rounding` and `order` say what counts as the same; see `Options`.
 
@@ -64,8 +66,13 @@ _SPELLINGS = {
     "leq": "le", "geq": "ge", "neq": "ne", "leqslant": "le", "geqslant": "ge", "lbrace": "{", "rbrace": "}",
     "varnothing": "emptyset", "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom",
     "lvert": "vert", "rvert": "vert", "degree": "circ", "textdegree": "circ",
+    "lg": "log", "bmod": "mod",
 }  # fmt: skip
 _SPELLED = re.compile(rf"\\({'|'.join(sorted(_SPELLINGS, key=len, reverse=True))})(?![A-Za-z])")
+_ELLIPSIS = re.compile(r"\.\.\.$|\\[lc]?dots ?$")
+_PRIME = re.compile(r"(?<=[A-Za-z)}'])'|\\prime(?![A-Za-z])")
+_NATURAL = re.compile(r"\\log ?_ ?(?:e(?![A-Za-z])|\{ ?e ?\})")
+_FULL_STOP = re.compile(r"(?<!\.)\.$")
 _WORD = re.compile(r"[A-Za-z]{3,}")
 _CHOICE = re.compile(r"\(([A-Z])\)")
 
@@ -75,7 +82,8 @@ _THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?:(?:,|\{,\}| )[0-9]{3})+(?:\.[0-9]+)?
 _MIXED = re.compile(r"([+-]?)([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}")
 _REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
 _SCIENTIFIC = re.compile(
-    rf"([+-]?)(?:({_DECIMAL})(?:\\times|\\cdot|\*))?10\^(?:\{{([+-]?[0-9]{{1,4}})\}}|([0-9])(?![0-9]))"
+    rf"([+-]?)(?:(?:({_DECIMAL})(?:\\times|\\cdot|\*))?10\^(?:\{{([+-]?[0-9]{{1,4}})\}}|([0-9])(?![0-9]))"
+    rf"|({_DECIMAL})[eE]([+-]?[0-9]{{1,4}}))"
 )
 
 _TIMES = r"(?:\\cdot|\\times|\*)?"
@@ -84,26 +92,44 @@ _PRODUCT = re.compile(
     rf"(?:\\sqrt(?:\{{({_DECIMAL})\}}|([0-9])))?{_TIMES}(\\pi)?"
 )
 
-_AND = re.compile(r"[,;]|,?(?:\\text\{,?(?:and|or),?\}|(?<=[0-9)}])(?:and|or)(?=[-+0-9\\(]|[a-z]=))")
-_MEMBER = re.compile(r"^[A-Za-z](?:_\{?[A-Za-z0-9]+\}?)?\\in(?=[(\[]|\\\{)")
-_ASSIGNED = re.compile(r"(\\?[A-Za-z]+(?:_\{?[A-Za-z0-9]+\}?)?(?:\([A-Za-z]\))?)=([^=<>]+)")
+_AND = re.compile(r",?(?:\\text\{,?(?:and|or),?\}|(?<=[0-9)}])(?:and|or)(?=[-+0-9\\(]|[a-z][=<>\\]))|[,;]")
+_OR = re.compile(r",?(?:\\text\{,?or,?\}|(?<=[0-9)}])or(?=[a-z][<>\\]))")
+_INEQUALITY = re.compile(r"[^=]*(?:[<>]|\\(?:le|ge|ne)(?![A-Za-z]))[^=]*")
+_EQUALS = re.compile("=")
+_INDEX = r"(?:_(?:\{[A-Za-z0-9]+\}|[A-Za-z0-9]+))?"
+_MEMBER = re.compile(rf"^[A-Za-z]{_INDEX}\\in(?=[(\[]|\\\{{)")
+_ASSIGNED = re.compile(rf"(\\?[A-Za-z]+{_INDEX}(?:'*|\^\{{-1\}})(?:\([A-Za-z]\))?)(?:=|\\equiv ?)([^=<>]+)")
 _RELATION = re.compile(
     r"[=<>|]|\\(?:le|ge|ne|in|notin|mid|vert|setminus|cap|subset|mathbb|equiv|sim|approx)(?![A-Za-z])"
 )
 _COMMA = re.compile("[,;]")
+_COLON = re.compile(":")
+_PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
 _UNION = re.compile(r"\\cup ?")
 _OPENING = re.compile(r"[(\[]|\\\{")
 _CLOSING = re.compile(r"(?:[)\]]|\\\})$")
 _ANGLES = re.compile(r"\\([lr])angle ?")
 _CONDITION = re.compile(r"[|:]|\\(?:mid|vert|colon)(?![A-Za-z])")
+_BUILDER = re.compile(
+    rf"\\\{{[A-Za-z](?:\\in ?\\mathbb\{{R\}})?(?:{_CONDITION.pattern}) ?"
+    r"((?=[^<>]*(?:[<>]|\\(?:le|ge|ne)(?![A-Za-z])))(?:(?!\\[{}])[^=|:,])+)\\\}"
+)
+"""The set of the real numbers that fulfil an inequality."""
 
 _PERCENT = re.compile(r"(?:\\?%|\\text\{(?:\\?%|percent|percentage)\}|percent|percentage)$")
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|arc|log|ln|exp)")
 _DEGREES = re.compile(r"\^(?:\\circ ?|\{\\circ\})(?:\\text\{([CFK])\}|([CF]))?$|(?<=[0-9])\\circ$")
 _DEGREE = re.compile(rf"({_DECIMAL})\^(?:\\circ ?|\{{\\circ\}})")
+_MODULUS = re.compile(
+    r"(?:\\pmod|\((?:\\mod|\\(?:text|mathrm|operatorname)\{mod\})(?=.*\)$))(?:\{([0-9]+)\}|([0-9]+))\)?$"
+)
 _BASE = re.compile(r"(?<=[0-9])_(?:\{([0-9]+|\\text\{[a-z]+\})\}|([0-9]))$")
 _CURRENCY = re.compile(r"^[€£¥₹]")
-_LABEL = r"\\(?:text|textrm|mathrm|mbox|operatorname)\{([^{}\\]*)\}(?:\^(?:\{(-?[0-9])\}|([0-9])))?"
+_LABEL = (
+    r"\\(?:text|textrm|mathrm|mbox|operatorname)"
+    r"\{((?:[^{}\\/0-9]+(?:\^?[0-9])?)?(?:/[^{}\\/0-9]+(?:\^?[0-9])?)*)\}"
+    r"(?:\^(?:\{(-?[0-9])\}|([0-9])))?"
+)
 _LABELS = re.compile(rf"(?:{_LABEL})(?:(?:/|\\cdot|\\times)?(?:{_LABEL}))*$")
 _ONE_LABEL = re.compile(_LABEL)
 _UNITS = {
@@ -132,6 +158,8 @@ _WORDS = re.compile(
 _GUARDED = re.compile(r"\\(?:sum|prod|int|iint|oint)(?![A-Za-z])")
 _BINOMIAL = re.compile(r"\\[dt]?binom")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
+_LETTERS = re.compile("[A-Za-z]")
+_VARIABLES = re.compile("(?<![A-Za-z])[A-Za-z]{1,2}(?![A-Za-z])")
 
 _TYPICAL = (
     r"\frac{1}{2}", r"2\sqrt{3}", r"x^2+2x+1", r"(x-1)(x+2)", r"\frac{\sqrt{2}}{2}", r"2\pi", "x=5",
@@ -147,8 +175,9 @@ class Options(RewardOptions):
     percent: Literal["either", "value"] = "either"
     r"""`50\%` is 0.5; with `either` it is 50, too, because questions ask "what percent" and golds drop the sign."""
     units: Literal["optional", "required", "ignored"] = "optional"
-    r"""A unit behind a number, a base (`101_2`) or a currency other than `$`, which is never seen: it may be missing on
-    one side but must not differ, or must be the same on both, or is never looked at. Nothing is converted."""
+    r"""A unit behind a number, a base (`101_2`), a modulus or a currency other than `$`, which is never seen: it may be
+    missing on one side but must not differ, or must be the same on both, or is never looked at. Nothing is converted.
+    """
     boxes: Literal["last", "reject"] = "last"
     """Of several boxes the last one counts, or a completion whose boxes differ is wrong."""
     rounding: Annotated[int, Field(ge=1, le=12)] | None = None
@@ -216,8 +245,10 @@ class Reward(Verifier):
         if not answers or not answers[-1]:
             return Verdict(0.0, "no_answer")
         answer = answers[-1]
-        if self.options.boxes == "reject" and len({normalise(other[: MAX_LENGTH + 1]) for other in answers}) > 1:
-            return Verdict(0.0, "wrong", detail="several boxes that differ")
+        if self.options.boxes == "reject":
+            last, *others = dict.fromkeys(other[: MAX_LENGTH + 1] for other in reversed(answers))
+            if any(normalise(other) != normalise(last) for other in others):
+                return Verdict(0.0, "wrong", detail="several boxes that differ")
         if len(answer) > MAX_LENGTH:
             if answer == gold:
                 return Verdict(1.0, "ok", answer)
@@ -240,10 +271,16 @@ class Reward(Verifier):
         """Whether two normalised answers are equal; None where `symbolic` decides and does not say."""
         if _same_text(gold, answer):
             return True
+        gold, answer = (match[1] if (match := _BUILDER.fullmatch(text)) else text for text in (gold, answer))
         gold, answer = _without_names(gold, answer)
         whole, other = _shape(gold), _shape(answer)
         kinds = {whole.kind, other.kind}
         if kinds == {"one"}:
+            parts = () if _RELATION.search(gold) else _split(answer, _EQUALS)
+            values = [part for part in parts if not _LETTERS.search(_COMMAND.sub("", _value(part)))]
+            if len(parts) > 1 and values:  # to math-verify, 6=5 is 5
+                each = [self._same_element(gold, value, symbolic) for value in values]
+                return False if False in each else None if None in each else True
             return self._same_element(gold, answer, symbolic)
         if "one" in kinds:
             one, many = (whole, other) if whole.kind == "one" else (other, whole)
@@ -259,7 +296,8 @@ class Reward(Verifier):
         if len(golds) != len(answers):
             return False
         in_order = {"strict": ("tuple", "list"), "kind": ("tuple",), "ignored": ()}[self.options.order]
-        if "set" in kinds or whole.kind not in in_order:
+        kind = "tuple" if "tuple" in kinds else whole.kind
+        if "set" in kinds or kind not in in_order:
             return _matched(golds, answers, lambda one, other: self._same(one, other, symbolic))
         found: bool | None = True
         for pair in zip(golds, answers, strict=True):
@@ -290,8 +328,16 @@ class Reward(Verifier):
     ) -> bool | None:
         if gold_percent == percent and _same_text(gold, answer):
             return True
-        if len(gold) == len(answer) == 1 and not (gold + answer).isdigit():
-            return False  # to math-verify, a is A
+        letters = gold.strip("()"), answer.strip("()")
+        if all(len(each) == 1 and not each.isdigit() for each in letters):
+            return letters[0] == letters[1]  # to math-verify, a is A
+        if bool(_ELLIPSIS.search(gold)) != bool(_ELLIPSIS.search(answer)):
+            return False  # to math-verify, 0.333... is 0.333
+        if len(_PRIME.findall(gold)) != len(_PRIME.findall(answer)):
+            return False  # to math-verify, f' is f
+        ours, theirs = _symbols(gold), _symbols(answer)
+        if any(symbol.swapcase() in ours - theirs for symbol in theirs - ours):
+            return False  # to math-verify, 2a is 2A
         gold_value, value = number(gold), number(answer)
         if gold_value is None or value is None:
             surds = _surd(gold), _surd(answer)
@@ -320,12 +366,21 @@ class Reward(Verifier):
         if verify_now(gold_parsed, answer_parsed):
             return True
         first = gold_parsed[0], answer_parsed[0]
-        if any(map(_named_i, first)) and verify_now(*map(_imaginary, first)):
-            return True
+        if any(map(_named_i, first)):
+            found = list(map(_imaginary, first))
+            if None not in found and verify_now(*found):
+                return True
         if self.options.rounding is None:
             return False
         gold_value, value = map(_evaluate, first)
         return gold_value is not None and value is not None and self._close(gold_value, value)
+
+
+def _symbols(text: str) -> set[str]:
+    r"""The letters that stand alone or in pairs, of which words have more; of a command its beginning, as `\s`."""
+    text = _TEXT.sub(" ", text)
+    commands = {command[:2] for command in _COMMAND.findall(text)}
+    return commands | set("".join(_VARIABLES.findall(_COMMAND.sub(" ", text))))
 
 
 def _undecided(gold: str, answer: str) -> None:
@@ -387,15 +442,18 @@ def normalise(text: str) -> str:
     """One spelling for what means the same: NFKC, LaTeX layout and white space without meaning removed."""
     text = _SCRIPT.sub(_unscript, text).translate(_SYMBOLS)
     text = unicodedata.normalize("NFKC", text)
-    text = " ".join(_LAYOUT.sub("", text).split()).rstrip(".")
-    text = _WORDS.sub(r"\\text{\1}", text)
-    text = _SPELLED.sub(lambda match: "\\" + _SPELLINGS[match[1]], text)
+    text = _FULL_STOP.sub("", " ".join(_LAYOUT.sub("", text).split()))
     whole_text = _TEXT.fullmatch(text)
     if whole_text:
-        text = whole_text[1].strip().rstrip(".")
+        text = _FULL_STOP.sub("", whole_text[1].strip())
+    text = _WORDS.sub(r"\\text{\1}", text)
+    text = _SPELLED.sub(lambda match: "\\" + _SPELLINGS[match[1]], text)
+    text = _NATURAL.sub(r"\\ln ", text)
     text = _SPACE.sub(lambda match: match[1] or "", text)
-    text = re.sub(r"\\frac([0-9])", r"\\frac{\1}", text)
-    return re.sub(r"(\\frac\{[^{}]*\})([0-9])", r"\1{\2}", text)
+    if text.casefold() in ("allrealnumbers", "allreals"):
+        return r"\mathbb{R}"
+    text = re.sub(r"\\(frac|binom)([0-9])", r"\\\1{\2}", text)
+    return re.sub(r"(\\(?:frac|binom)\{[^{}]*\})([0-9])", r"\1{\2}", text)
 
 
 def _unscript(match: re.Match[str]) -> str:
@@ -418,7 +476,7 @@ def _same_text(one: str, other: str) -> bool:
 
 
 def number(text: str) -> Fraction | None:
-    """The exact value of a normalised number: integer, decimal, fraction of the two, mixed, repeating, a·10^n.
+    """The exact value of a normalised number: integer, decimal, fraction of the two, mixed, repeating, a·10^n, 1e5.
 
     `None` for anything else.
     """
@@ -442,11 +500,11 @@ def number(text: str) -> Fraction | None:
         nines = 10 ** len(repeated) - 1
         value = Fraction(int((whole + digits) or "0") * nines + int(repeated), nines * 10 ** len(digits))
     elif match := _SCIENTIFIC.fullmatch(text):
-        sign, factor, braced, plain = match.groups()
-        exponent = int(braced or plain)
+        sign, factor, braced, plain, mantissa, power = match.groups()
+        exponent = int(braced or plain or power)
         if abs(exponent) > MAX_SCALE:
             return None
-        value = Fraction(factor or 1) * Fraction(10) ** exponent
+        value = Fraction(factor or mantissa or 1) * Fraction(10) ** exponent
     else:
         return None
     return -value if sign == "-" else value
@@ -500,7 +558,7 @@ def _without_names(gold: str, answer: str) -> tuple[str, str]:
 
 def _shape(text: str) -> _Shape:
     text = _MEMBER.sub("", _ANGLES.sub(lambda match: "()"[match[1] == "r"], text), count=1)
-    if r"\begin" in text or number(_without_unit(_without_percent(text)[0])[0]) is not None:
+    if r"\begin" in text or number(_value(text)) is not None:
         return _Shape("one", (text,))
     united = _split(text, _UNION)
     if len(united) > 1:
@@ -513,13 +571,25 @@ def _shape(text: str) -> _Shape:
         inside = text[opening.end() : closing.start()]
         parts = _split(inside, _COMMA)
         if opening[0] == r"\{" and not _CONDITION.search(inside):
-            return _Shape("set", parts if inside else ())
+            return _Shape("set", _both_signs(parts) if inside else ())
         if len(parts) > 1:
             return _Shape("tuple", parts, opening[0] + closing[0])
-    parts = _split(text, _AND)
-    if len(parts) == 1 and text.count(r"\pm") == 1:
-        parts = text.replace(r"\pm", "+").removeprefix("+"), text.replace(r"\pm", "-")
+    alternatives = _split(text, _OR)
+    if len(alternatives) > 1 and all(map(_INEQUALITY.fullmatch, alternatives)):
+        return _Shape("union", alternatives)
+    parts = _both_signs(_split(text, _AND))
+    if len(parts) == 1 and len(ratio := _split(text, _COLON)) > 2:  # to math-verify, 2:3:5 is 2/3/5, as is 2:5:3
+        return _Shape("tuple", ratio, "::")
     return _Shape("list", parts) if len(parts) > 1 else _Shape("one", (text,))
+
+
+def _both_signs(parts: Sequence[str]) -> tuple[str, ...]:
+    r"""The parts, those with one `\pm` with `+` and with `-`."""
+    found: list[str] = []
+    for part in parts:
+        signs = "+-" if len(_PLUS_MINUS.findall(part)) == 1 else ""
+        found += [_PLUS_MINUS.sub(sign, part).removeprefix("+") for sign in signs] or [part]
+    return tuple(found)
 
 
 def _split(text: str, separator: re.Pattern[str]) -> tuple[str, ...]:
@@ -554,6 +624,11 @@ def _comparable(gold: _Shape, answer: _Shape) -> bool:
         return gold.kind != "tuple" or len(gold.parts) > 2 or gold.brackets == answer.brackets
     if {gold.kind, answer.kind} == {"list", "set"}:
         return True
+    if {gold.kind, answer.kind} == {"list", "union"}:
+        return all(map(_INEQUALITY.fullmatch, gold.parts + answer.parts))
+    if gold.kind == "list" and answer.kind == "tuple" and answer.brackets == "()":  # x=3,y=-2 is a point
+        names = [match[1] for match in map(_ASSIGNED.fullmatch, gold.parts) if match]
+        return len(set(names)) == len(gold.parts)
     return gold.kind == "tuple" and answer.kind == "list" and gold.brackets == "()"
 
 
@@ -594,6 +669,9 @@ def _without_unit(text: str) -> tuple[str, str]:
     base = _BASE.search(text)
     if base:
         return text[: base.start()], f"base {base[1] or base[2]}"
+    modulus = _MODULUS.search(text)
+    if modulus and modulus.start():
+        return text[: modulus.start()], f"mod {modulus[1] or modulus[2]}"
     degrees = _DEGREES.search(text)
     if degrees and degrees.start() and not _FUNCTION.search(text):
         return text[: degrees.start()], f"degree{degrees[1] or degrees[2] or ''}"
@@ -607,17 +685,27 @@ def _without_unit(text: str) -> tuple[str, str]:
     return text, ""
 
 
+def _value(text: str) -> str:
+    """Without percent sign and unit."""
+    return _without_unit(_without_percent(text)[0])[0]
+
+
 def _unit(label: str, power: str) -> str:
-    """`squarecm`, `cm` with power 2, `meters per second`: centimeter^2, centimeter^2, meter/second."""
-    words = [re.sub(r"[^A-Za-z€£¥₹°]", "", word) for word in re.split(r"/|(?<=[a-z])per(?=[a-z])", label.casefold())]
+    """`squarecm`, `cm` with power 2, `m/s^2`: centimeter^2, centimeter^2, meter/second^2.
+
+    A power is that of the last word, unless that has one of its own.
+    """
     units = []
-    for word in words:
+    for written in re.split(r"/|(?<=[a-z])per(?=[a-z])", label.casefold()):
+        raised = re.search("[0-9]$", written)
+        own = raised[0] if raised else ""
+        word = re.sub(r"[^A-Za-z€£¥₹°]", "", written)
         for prefix, rank in (("square", "2"), ("sq", "2"), ("cubic", "3"), ("cu", "3")):
             rest = word.removeprefix(prefix)
             if rest != word and rest in _UNIT and rest not in ("unit", "units"):
-                word, power = rest, rank
-        units.append(_UNIT.get(word, word.removesuffix("s")))
-    return "/".join(units) + (f"^{power}" if power else "")
+                word, own = rest, rank
+        units.append(_UNIT.get(word, word.removesuffix("s")) + (f"^{own}" if own else ""))
+    return "/".join(units) + (f"^{power}" if power and not own else "")
 
 
 def refuse(text: str) -> str | None:
@@ -706,6 +794,8 @@ def _digits(text: str) -> int:
 @lru_cache(maxsize=1024)
 def _parse(answer: str) -> list[Any]:
     """What math-verify reads in `answer`, as sympy objects; empty when it reads nothing."""
+    if not _fits_a_box(answer):  # a part of an answer, cut at a brace: math-verify would read what stands before
+        return []
     from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-untyped]
     from math_verify import LatexExtractionConfig, parse
 
@@ -737,14 +827,22 @@ def _named_i(expression: Any) -> list[Any]:
 
 
 def _imaginary(expression: Any) -> Any:
+    """What math-verify read, with the imaginary unit for i; None where that means nothing, as in `i<3`."""
     from sympy import I  # type: ignore[import-untyped]
 
-    return expression.subs({symbol: I for symbol in _named_i(expression)}, simultaneous=True).doit()
+    try:
+        return expression.subs({symbol: I for symbol in _named_i(expression)}, simultaneous=True).doit()
+    except MemoryError:
+        raise
+    except Exception:  # whatever sympy says of a model's text: a completion must not choose to go unjudged
+        return None
 
 
 def _evaluate(expression: Any) -> Fraction | None:
     """The value of a sympy object to 30 digits; None where it is no real number."""
     try:
         return Fraction(str(expression.evalf(30)))
-    except (AttributeError, TypeError, ValueError):
+    except MemoryError:
+        raise
+    except Exception:  # as above
         return None

@@ -6,6 +6,9 @@ a list of files with the same tables and other data: the results must be equal o
 
 `semantics` says when two results are equal: `bird` compares sets of rows (BIRD's execution accuracy), `bag` counts
 repeated rows, `ordered` compares lists. Columns count by position, not by name; 1 equals 1.0, and NULL equals NULL.
+`spider` lets the columns stand in any order, compares lists where the gold query itself ends in an ORDER BY (one in a
+subquery, a window or an aggregate orders nothing), and else bags. Source: the test-suite accuracy of Spider, arXiv
+2010.02840. Differs: there any ORDER BY counts, and DISTINCT is removed from both queries first.
 Equal results on one database do not make equal queries: `SELECT 5` is correct wherever the gold answer is 5, unless
 the row names copies on which it is another.
 
@@ -36,7 +39,7 @@ import re
 import sqlite3
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,6 +95,8 @@ _FUNCTIONS = frozenset({
 _QUADRATIC = frozenset({"glob", "instr", "like", "replace"})
 _FENCE = re.compile(r"```(sql(?:ite)?\b)?", re.IGNORECASE)
 _CAPPED = re.compile(r"\btoo (?:big|complex|large|many (?:columns|references|terms))\b|\bat most\b|stack overflow")
+_WORD = re.compile(r"--[^\n]*|/\*.*?(?:\*/|$)|'[^']*'|\"[^\"]*\"|`[^`]*`|\[[^\]]*\]|([()]|\w+|[^\w\s])", re.DOTALL)
+"""A comment or something quoted, or else (group 1) a word or a sign."""
 _CLOCK = re.compile(r"\bnow\b|\bcurrent_|(?:date|time|day|epoch)\s*\(\s*\)", re.IGNORECASE)
 _ENVIRONMENT = frozenset({
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR,
@@ -103,8 +108,9 @@ _ENVIRONMENT = frozenset({
 class Options(RewardOptions):
     """Options of the reward `sql`."""
 
-    semantics: Literal["bird", "bag", "ordered"] = "bird"
-    """When two results are equal: as sets of rows, with repeated rows counted, or row by row in order."""
+    semantics: Literal["bird", "spider", "bag", "ordered"] = "bird"
+    """When two results are equal: as sets of rows; as Spider does; with repeated rows counted; or row by row in order.
+    """
     partial_credit: Literal["none", "columns_0.8"] = "none"
     """Reward of a query that runs and is not correct: 0, or up to 0.8 for columns that match (DPH-RL)."""
     timeout: Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)] = 5.0
@@ -200,16 +206,31 @@ class Reward(Verifier):
         for database, gold in zip(databases, golds, strict=True):
             try:
                 result = _run(database, query, self.options, until)
+                equal = self._equal(gold, result, gold_query, until)
             except _Failure as failure:
                 reward = None if failure.status == "verifier_error" else 0.0
                 return Verdict(reward, failure.status, answer, str(failure))
-            if _equal(gold, result, self.options.semantics):
+            if equal:
                 continue
             detail = detail or f"{len(result.rows)} rows, the gold query has {len(gold.rows)}"
             if self.options.partial_credit == "none":
                 return Verdict(0.0, "wrong", answer, detail)
             credit = min(0.8 if credit is None else credit, _columns_credit(gold, result))
         return Verdict(1.0, "ok", answer) if credit is None else Verdict(credit, "wrong", answer, detail)
+
+    def _equal(self, gold: _Result, answer: _Result, gold_query: str, until: float) -> bool:
+        """Whether two results are equal.
+
+        Raises:
+            _Failure: it takes longer than `until` to say.
+        """
+        if self.options.semantics == "spider":
+            return _equal_in_some_order_of_columns(gold, answer, ordered=_is_ordered(gold_query), until=until)
+        if self.options.semantics == "ordered":
+            return gold.rows == answer.rows
+        if self.options.semantics == "bag":
+            return Counter(gold.rows) == Counter(answer.rows)
+        return set(gold.rows) == set(answer.rows)
 
     def gold(self, row: Mapping[str, Any]) -> str | None:
         """The row's `answer` in a ```sql block."""
@@ -276,12 +297,70 @@ def _extract(completion: str) -> str:
     return (text if block is None else block).strip()
 
 
-def _equal(gold: _Result, answer: _Result, semantics: str) -> bool:
-    if semantics == "ordered":
-        return gold.rows == answer.rows
-    if semantics == "bag":
-        return Counter(gold.rows) == Counter(answer.rows)
-    return set(gold.rows) == set(answer.rows)
+_Step = tuple[frozenset[int], Sequence[int], Sequence[int]]
+
+
+def _is_ordered(query: str) -> bool:
+    """Whether ORDER BY stands outside of all parentheses, where it orders the result. Linear in the text."""
+    depth = 0
+    before = ""
+    for match in _WORD.finditer(query):
+        if match[1] is None:
+            before = before if match[0].startswith(("--", "/*")) else ""
+            continue
+        word = match[1].casefold()
+        if not depth and (before, word) == ("order", "by"):
+            return True
+        depth += (word == "(") - (word == ")")
+        before = word
+    return False
+
+
+def _equal_in_some_order_of_columns(gold: _Result, answer: _Result, *, ordered: bool, until: float) -> bool:
+    """Whether the answer's columns can be put in an order in which its rows are the gold rows, in order or as a bag.
+
+    Raises:
+        _Failure: it is `until` (monotonic seconds) before that is clear: for bags there may be many orders to try.
+    """
+    if not gold.rows or not answer.rows:
+        return len(gold.rows) == len(answer.rows)
+    ours: list[tuple[Any, ...]] = list(zip(*gold.rows, strict=True))
+    theirs: list[tuple[Any, ...]] = list(zip(*answer.rows, strict=True))
+    if len(gold.rows) != len(answer.rows) or len(ours) != len(theirs):
+        return False
+    if ordered:
+        return Counter(ours) == Counter(theirs)
+    ours.sort(key=lambda column: -len(set(column)))  # so that few rows look alike from the first column on
+    values = [Counter(column) for column in theirs]
+
+    def steps(taken: frozenset[int], our_rows: Sequence[int], their_rows: Sequence[int]) -> Iterator[_Step]:
+        """The columns that may come next. Rows have a number each: the same where all columns so far are the same."""
+        column = ours[len(taken)]
+        wanted = Counter(column)
+        tried: set[tuple[Any, ...]] = set()
+        for index, other in enumerate(theirs):
+            if index in taken or values[index] != wanted or other in tried:
+                continue
+            if monotonic() > until:
+                raise _Failure("timeout", "the deadline passed while columns were matched")
+            tried.add(other)
+            numbers: dict[tuple[int, Any], int] = {}
+            found = [numbers.setdefault(row, len(numbers)) for row in zip(our_rows, column, strict=True)]
+            others = [numbers.setdefault(row, len(numbers)) for row in zip(their_rows, other, strict=True)]
+            if Counter(found) == Counter(others):
+                yield taken | {index}, found, others
+
+    same = [0] * len(gold.rows)
+    path = [steps(frozenset(), same, same)]
+    while path:
+        step = next(path[-1], None)
+        if step is None:
+            path.pop()
+        elif len(step[0]) == len(ours):
+            return True
+        else:
+            path.append(steps(*step))
+    return False
 
 
 def _columns_credit(gold: _Result, answer: _Result) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import sys
 import threading
-import time
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from hypothesis import strategies as st
 
 from posttrain import registry, rewards
 from posttrain.errors import UserError
-from posttrain.rewards import RewardFunction, Verdict, Verifier, after_thinking, math, text_of
+from posttrain.rewards import RewardFunction, Verdict, Verifier, _workers, after_thinking, math, text_of
 from posttrain.rewards.countdown import MAX_TOKENS
+from tests.patience import patient, worked
+from tests.processes import finish
 
 STANDARD = rewards.load("countdown")
 LEFT_TO_RIGHT = rewards.load("countdown", {"precedence": "left_to_right"})
@@ -70,9 +73,13 @@ ATTACKS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _workers_begun() -> None:
-    """Keep the seconds that the workers' imports take out of the deadlines."""
-    MATH.score([r"\boxed{x+1}"], [{"answer": "5"}])
+def _patient() -> Iterator[None]:
+    """Hold to its deadline what is an attack, and nothing that a busy machine leaves waiting."""
+    attacks = {text for attack in MATH_ATTACKS for text in (attack, rf"\boxed{{{attack}}}")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_workers, "_Judgement", patient(attacks.__contains__))
+        MATH.score([r"\boxed{x+1}"], [{"answer": "5"}])  # which begins the processes
+        yield
 
 
 def verdict(verifier: Verifier, completion: str, **row: Any) -> Verdict:
@@ -86,11 +93,11 @@ def verdict(verifier: Verifier, completion: str, **row: Any) -> Verdict:
     ids=["countdown", "math"],
 )
 def test_an_attack_scores_zero_at_once(verifier: Verifier, row: dict[str, Any], attack: str) -> None:
+    start = worked()
     for completion in (attack, rf"\boxed{{{attack}}}", f"<answer>{attack}</answer>"):
-        start = time.perf_counter()
         found = verdict(verifier, completion, **row)
         assert found.reward == 0.0, found
-        assert time.perf_counter() - start < 2.0
+    assert worked() - start < 3 * 2.0
 
 
 @pytest.mark.parametrize("name", ["countdown", "format", "math"])
@@ -374,6 +381,59 @@ class TestMath:
         golds = MATH.score([MATH.gold(row) or "" for row in rows], rows)
         assert {verdict.status for verdict in golds} == {"ok"}
 
+    @pytest.mark.parametrize("options", [{}, {"rounding": 3, "units": "ignored", "order": "ignored"}])
+    def test_no_answer_chooses_to_go_unjudged(self, options: dict[str, Any]) -> None:
+        """Sympy raises where the imaginary unit is compared; a completion without a reward would be spared a zero."""
+        answers = ["i<3", "i>x", r"\max(i,3)", r"\min(i,x)", r"i\ge i", r"i\cdot\infty<5", r"\lfloor i x\rfloor"]
+        golds = ["5", "x<3", "2i", r"\{1,2\}", r"(-\infty,4)", r"\begin{pmatrix}i&1\end{pmatrix}"]
+        pairs = list(itertools.product(answers, golds))
+        found = rewards.load("math", {**options, "deadline": 60.0}).score(
+            [rf"\boxed{{{answer}}}" for answer, _ in pairs], [{"answer": gold} for _, gold in pairs]
+        )
+        assert {(verdict.reward, verdict.status) for verdict in found} == {(0.0, "wrong")}
+
+    def test_no_attack_is_executed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)  # the workers' folder as well
+        attacks = [attack for attack in MATH_ATTACKS if any(word in attack for word in ("evil", "open(", "import"))]
+        assert len(attacks) >= 6
+        attacks += [rf"\boxed{{{attack}}}" for attack in attacks]
+        assert {found.reward for found in MATH.score(attacks, [{"answer": "5"}] * len(attacks))} == {0.0}
+        assert not list(tmp_path.iterdir())
+
+    def test_the_trainers_process_never_imports_what_reads_model_text(self) -> None:
+        program = (
+            "import sys; from posttrain import rewards\n"
+            "if __name__ == '__main__':\n"
+            "    found = rewards.load('math').score(['\\\\boxed{x+1}', 'y'], [{'answer': '1+x'}] * 2)\n"
+            "    assert [each.reward for each in found] == [1.0, 0.0]\n"
+            "    assert not {'sympy', 'math_verify', 'antlr4', 'torch'} & set(sys.modules)"
+        )
+        finish([sys.executable, "-c", program])
+
+    def test_a_gold_answer_may_be_a_float(self) -> None:
+        for gold, answer in ((1e-07, r"10^{-7}"), (1e22, r"10^{22}"), (2.5e-5, "0.000025"), (0.5, r"\frac12")):
+            assert verdict(MATH, rf"\boxed{{{answer}}}", answer=gold).reward == 1.0
+
+    @pytest.mark.parametrize("boxes", ["last", "reject"])
+    def test_boxes_by_the_thousand(self, boxes: str) -> None:
+        verifier = rewards.load("math", {"boxes": boxes})
+        start = worked()
+        for completion, status in (
+            (r"\boxed{}" * 10_000, "no_answer"),
+            (r"\boxed{6}" * 10_000, "wrong"),
+            (r"\boxed{5}" * 9_999 + r"\boxed{6}", "wrong"),
+            (r"\boxed{6}" * 9_999 + r"\boxed{5}", "wrong" if boxes == "reject" else "ok"),
+            (r"\boxed{" * 10_000 + "6" + "}" * 10_000, "resource"),
+            (r"\boxed{5}</think>" * 3_000, "no_answer"),
+            (r"\boxed{5}" + "<think>" * 10_000, "no_answer"),
+            ("\\" * 100_000 + r"boxed{5}", "no_answer"),
+            (r"\boxed{5" + "{" * 10_000, "no_answer"),
+            (r"\boxed\{5\}", "no_answer"),
+            (r"\fbox{5}", "no_answer"),
+        ):
+            assert verdict(verifier, completion, answer="5").status == status, completion[:40]
+        assert worked() - start < 5.0
+
     def test_attacks_of_the_corpus_cost_nobody_else_the_verdict(self) -> None:
         assert len(MATH_ATTACKS) >= 64
         verifier = rewards.load("math", {"deadline": 1.0})
@@ -387,7 +447,7 @@ class TestMath:
         assert {verdict.reward for verdict in found[3::4]} == {0.0}
         assert {verdict.status for verdict in found[3::4]} == {"wrong"}
         assert "timeout" in {verdict.status for verdict in found}  # some pass the guard
-        assert all(verdict.seconds < 1.0 + 1.0 for verdict in found)
+        assert {verdict.seconds for verdict in found if verdict.status == "timeout"} == {1.0}
 
     @pytest.mark.parametrize(
         ("options", "gold", "answer", "default", "expected"),
@@ -543,9 +603,52 @@ class TestContract:
         assert text_of(messages) == text_of("3+5") == "3+5"
         assert STANDARD.score([messages], [{"numbers": [3, 5], "target": 8}])[0].reward == 1.0
 
+    def test_of_a_message_in_parts_the_text_counts(self) -> None:
+        parts = [{"type": "image"}, {"type": "text", "text": r"\boxed"}, "{", {"type": "text", "text": "5}"}]
+        assert text_of([{"role": "assistant", "content": parts}]) == r"\boxed{5}"
+        assert text_of([{"role": "assistant", "content": []}, {"role": "assistant"}]) == text_of([]) == ""
+
+    @pytest.mark.parametrize("name", ["math", "sql", "countdown", "choice", "knights_knaves", "format", "exact"])
+    def test_strange_completions_cost_nobody_else_the_verdict(self, name: str) -> None:
+        """A model's silence is wrong; what no model can have said is a failure of the infrastructure."""
+        rows: dict[str, tuple[str, dict[str, Any]]] = {
+            "math": ("x+1", {"answer": "1+x"}),
+            "sql": ("SELECT 1", {"db": "nowhere", "answer": "SELECT 1"}),
+            "countdown": ("3+5", {"numbers": [3, 5], "target": 8}),
+            "choice": ("A", {"choices": ["1", "2"], "answer": "A"}),
+            "knights_knaves": ("A: knight", {"people": ["A"], "solution": "K"}),
+            "format": ("<think>a</think><answer>b</answer>", {}),
+            "exact": ("5", {"answer": "5"}),
+        }
+        good, row = rows[name]
+        good = rf"\boxed{{{good}}}" if name == "math" else good
+        silent: list[Any] = [
+            "",
+            [],
+            [{"role": "assistant", "content": None}],
+            [{"role": "assistant", "content": [{"type": "image"}]}],
+            [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}],
+            [{"role": "tool", "content": good}, {"role": "user", "content": good}, {"content": good}],
+        ]
+        broken: list[Any] = [None, 5, [None], ["text"], [[]], b"text", [{"role": "assistant", "content": 5}]]
+        batch = [each for strange in silent + broken for each in (strange, good)]
+        found = rewards.load(name).score(batch, [row] * len(batch))
+        usual = found[1]
+        assert usual.reward == (None if name == "sql" else 1.0)
+        assert [(each.reward, each.status) for each in found[1::2]] == [(usual.reward, usual.status)] * len(batch[1::2])
+        assert {each.reward for each in found[: 2 * len(silent) : 2]} == ({None} if name == "sql" else {0.0})
+        assert {(each.reward, each.status) for each in found[2 * len(silent) :: 2]} == {(None, "verifier_error")}
+
     @pytest.mark.parametrize(
         ("text", "answer"),
-        [("a", "a"), ("<think>a</think>b", "b"), ("a</think>b</think>c", "c"), ("<think>a", None)],
+        [
+            ("a", "a"),
+            ("<think>a</think>b", "b"),
+            ("a</think>b</think>c", "c"),
+            ("<think>a", None),
+            ("<think>a</think><think>b", None),
+            ("<think>a</think>b<think>", None),
+        ],
     )
     def test_after_thinking(self, text: str, answer: str | None) -> None:
         assert after_thinking(text) == answer

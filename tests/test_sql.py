@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pickle
 import sqlite3
@@ -23,7 +24,8 @@ from hypothesis import strategies as st
 from posttrain import recipe as recipes
 from posttrain import registry, rewards, tasks
 from posttrain.errors import UserError
-from posttrain.rewards import RewardFunction, Verdict, Verifier, sql
+from posttrain.rewards import RewardFunction, Verdict, Verifier, _workers, sql
+from tests.patience import SOON, patient, worked
 
 TIMEOUT = 0.7
 """Seconds for a query under attack."""
@@ -107,7 +109,71 @@ ATTACKS: list[tuple[str, str]] = [
     (LONG + "SELECT count(s LIKE '%" + "a" * 190 + "b') FROM c, x", "timeout"),
     (LONG + "SELECT 1 FROM x WHERE s LIKE '%" + "a" * 1000 + "b'", "resource"),
     (LONG + "SELECT length(trim(s, s || 'b')) FROM x", "wrong"),
+    ("WITH RECURSIVE c(x) AS (SELECT 'a' UNION ALL SELECT x || x FROM c) SELECT x FROM c", "resource"),
+    ("WITH RECURSIVE a(x) AS (SELECT x FROM b), b(x) AS (SELECT x FROM a) SELECT * FROM a", "wrong"),
+    (
+        "SELECT sum(a.i) OVER (ORDER BY a.i ROWS BETWEEN 500 PRECEDING AND 500 FOLLOWING) FROM n a, n b",
+        "resource|timeout",
+    ),
+    ("SELECT group_concat(a.i) OVER (ORDER BY a.i) FROM n a, n b", "resource|timeout"),
+    ("SELECT group_concat(a.i, b.i) FROM n a, n b", "resource"),
+    ("SELECT json_group_array(a.i) FROM n a, n b", "resource"),
+    ("SELECT value FROM json_each('[1, 2, 3]')", "wrong"),
+    ("SELECT * FROM json_tree('{}')", "wrong"),
+    ("SELECT * FROM generate_series(1, 1000000000)", "wrong"),
+    ("SELECT json('" + "[" * 4000 + "]" * 4000 + "')", "wrong"),
+    ("SELECT json_patch('{}', '{}')", "wrong"),
+    ("SELECT hex(zeroblob(100000000))", "wrong"),
+    (LONG + "SELECT count(s GLOB '" + "*a" * 90 + "*b') FROM x, c", "timeout"),
+    (LONG + "SELECT length(replace(s, 'a', s)) FROM x", "resource"),
+    ("SELECT * FROM pragma_compile_options()", "wrong"),
+    ("SELECT * FROM sqlite_dbpage", "wrong"),
+    ("PRAGMA hard_heap_limit = 0", "wrong"),
+    ("EXPLAIN SELECT 1", "wrong"),
+    ("EXPLAIN QUERY PLAN SELECT 1", "wrong"),
+    ("ATTACH ':memory:' AS m", "wrong"),
+    ("CREATE TEMP TRIGGER evil AFTER INSERT ON city BEGIN SELECT 1; END", "wrong"),
+    ("SAVEPOINT evil", "wrong"),
+    ("DELETE FROM city WHERE 0 RETURNING 4", "wrong"),
+    ("SELECT * FROM (INSERT INTO n VALUES (1) RETURNING i)", "wrong"),
+    ("SELECT 4\x00; DROP TABLE city", "wrong"),
+    ("SELECT 5 -- \rSELECT 4", "wrong"),
+    ("SELECT 4;;;SELECT 4", "wrong"),
+    ("SELECT " + "9" * 9000, "wrong"),
+    ("SELECT printf('%.999999f', 1.5)", "resource|wrong"),
+    ("SELECT abs(-9223372036854775807 - 1)", "wrong"),
+    ("SELECT " + ",".join(["1"] * 2001), "resource"),
+    ("SELECT " + "(SELECT " * 900 + "1" + ")" * 900, "resource"),
+    ("SELECT i FROM n ORDER BY " + ",".join(["i"] * 2001), "resource"),
+    ("SELECT a.i FROM n a, n b, n c ORDER BY a.i * b.i * c.i DESC", "resource|timeout"),
+    ("SELECT DISTINCT a.i * b.i * c.i FROM n a, n b, n c", "resource|timeout"),
+    ("SELECT [load_extension]('evil')", "wrong"),
+    ("SELECT name REGEXP '(a+)+$' FROM city", "wrong"),
+    ("COPY city TO PROGRAM 'touch evil'", "wrong"),
 ]
+
+
+LATE = [query for query, status in ATTACKS if "timeout" in status]
+
+
+class Unhurried(sql.Reward):
+    """Counts the seconds of a query as those that a processor works for it, which other work does not move."""
+
+    def prepare(self) -> None:
+        """In the process that workers are forked from."""
+        sql.monotonic = time.thread_time  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _patient() -> Iterator[None]:
+    """Hold to its deadline what hangs, and nothing that a busy machine leaves waiting, in a worker or here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_workers, "_Judgement", patient(lambda text: any(query in text for query in LATE)))
+        patch.setattr(sql, "monotonic", time.thread_time)
+        patch.setattr(sql, "Reward", Unhurried)
+        _workers.close()
+        yield
+        _workers.close()
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +233,66 @@ def test_semantics(database: Path, gold: str, answer: str, bird: int, bag: int, 
     for semantics, expected in (("bird", bird), ("bag", bag), ("ordered", ordered)):
         found = verdict(rewards.load("sql", {"semantics": semantics}), answer, gold, database)
         assert (found.reward, found.status) == (float(expected), "ok" if expected else "wrong"), semantics
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "expected"),
+    [
+        ("SELECT id, name FROM city", "SELECT name, id FROM city", 1),  # the columns exchanged
+        ("SELECT id, name FROM city", "SELECT name, id FROM city ORDER BY id DESC", 1),  # an order is not asked for
+        ("SELECT id, name FROM city ORDER BY id", "SELECT name, id FROM city ORDER BY id", 1),
+        ("SELECT id, name FROM city ORDER BY id", "SELECT name, id FROM city ORDER BY id DESC", 0),
+        ("SELECT id FROM (SELECT id FROM city ORDER BY id)", "SELECT id FROM city ORDER BY id DESC", 1),  # a subquery's
+        ("SELECT max(id) OVER (ORDER BY id) FROM city", "SELECT id FROM city ORDER BY id DESC", 1),  # a window's
+        ("SELECT id, 'order by' FROM city", "SELECT 'order by', id FROM city ORDER BY id DESC", 1),
+        ("SELECT id FROM city -- ORDER BY id", "SELECT id FROM city ORDER BY id DESC", 1),
+        ("SELECT id FROM city ORDER /* so */ BY id", "SELECT id FROM city ORDER BY id DESC", 0),
+        ("SELECT id FROM n, city WHERE i < 3", "SELECT id FROM city", 0),  # every row twice
+        ("SELECT id FROM city", "SELECT id, id FROM city", 0),
+        ("SELECT id, id FROM city", "SELECT id, 5 - id FROM city", 0),  # the same columns as sets, in other rows
+        ("SELECT id, 5 - id FROM city", "SELECT id, 5 - id FROM city ORDER BY id DESC", 1),
+        ("SELECT id, 5 - id, name FROM city", "SELECT id, 5 - id, name FROM city ORDER BY 2", 1),
+        ("SELECT id, 5 - id, name FROM city", "SELECT name, 5 - id, id FROM city", 1),
+        ("SELECT id FROM city WHERE 0", "SELECT 1, 2 WHERE 0", 1),
+        ("SELECT id FROM city WHERE 0", "SELECT id FROM city", 0),
+    ],
+)
+def test_spider_lets_columns_exchange_and_asks_for_an_order_where_the_gold_query_does(
+    database: Path, gold: str, answer: str, expected: int
+) -> None:
+    for options in ({}, {"partial_credit": "columns_0.8"}):
+        found = verdict(rewards.load("sql", {"semantics": "spider", **options}), answer, gold, database)
+        assert (found.reward == 1.0, found.status) == (bool(expected), "ok" if expected else "wrong")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_spider_finds_the_order_of_columns_that_trying_all_of_them_finds(data: st.DataObject) -> None:
+    width = data.draw(st.integers(1, 4))
+    table = st.lists(st.tuples(*[st.integers(0, 1)] * width), min_size=1, max_size=5)
+    gold, answer = data.draw(table), data.draw(table)
+    if data.draw(st.booleans()):  # else they seldom are equal
+        order = data.draw(st.permutations(range(width)))
+        answer = data.draw(st.permutations([tuple(row[i] for i in order) for row in gold]))
+    every = [[tuple(row[i] for i in order) for row in answer] for order in itertools.permutations(range(width))]
+    for ordered, expected in ((True, gold in every), (False, Counter(gold) in map(Counter, every))):
+        results = sql._Result(gold, 0), sql._Result(answer, 0)
+        assert sql._equal_in_some_order_of_columns(*results, ordered=ordered, until=float("inf")) == expected
+
+
+def test_spider_stops_at_the_deadline_where_there_are_too_many_orders_to_try(database: Path) -> None:
+    """Columns are points and rows are lines: of one ring of forty, and of two rings of twenty, alike at every point."""
+    size = 40
+    edges = [(i, (i + 1) % size) for i in range(size)]
+    half = size // 2
+    other = [(half * part + i, half * part + (i + 1) % half) for part in range(2) for i in range(half)]
+    gold, answer = ([tuple(int(i in edge) for i in range(size)) for edge in graph] for graph in (edges, other))
+    assert Counter(map(sum, zip(*gold, strict=True))) == Counter(map(sum, zip(*answer, strict=True))) == {2: size}
+    verifier = rewards.load("sql", {"semantics": "spider", "timeout": TIMEOUT})
+    start = time.perf_counter()
+    found = in_a_worker(verifier, values(answer, size), values(gold, size), database)
+    assert found.reward == 0.0 and found.status in ("wrong", "timeout")
+    assert time.perf_counter() - start < SOON
 
 
 @pytest.mark.parametrize(
@@ -241,9 +367,9 @@ def test_no_answer(database: Path, completion: str) -> None:
 def test_extraction_is_linear(database: Path) -> None:
     row = {"db": str(database), "answer": "SELECT 1"}
     for text in ("```sql\n" * 100_000, "```" * 100_000, "`" * 400_000, "</think>" * 50_000, "<think>" * 50_000):
-        start = time.perf_counter()
+        start = worked()
         assert rewards.load("sql").score([text], [row])[0].reward == 0.0
-        assert time.perf_counter() - start < 1.0
+        assert worked() - start < 1.0
 
 
 # ------------------------------------------------------------------ partial credit
@@ -326,7 +452,7 @@ def test_an_attack_scores_zero_in_time_and_changes_nothing(database: Path, attac
     in_a_worker(verifier, "SELECT 4", "SELECT count(*) FROM city", database)  # where the gold result is kept then
     start = time.perf_counter()
     found = in_a_worker(verifier, attack, "SELECT count(*) FROM city", database)
-    assert time.perf_counter() - start < verifier.deadline + 1.0
+    assert time.perf_counter() - start < SOON
     assert found.reward == 0.0
     assert found.status in status.split("|"), found
     assert len(found.detail) <= 200
@@ -349,7 +475,7 @@ def test_an_attack_costs_nobody_else_the_verdict(database: Path) -> None:
 
 @pytest.mark.usefixtures("untouched")
 def test_even_without_the_authoriser_the_file_cannot_be_written(database: Path) -> None:
-    with closing(sql._open(database, sql._Guard(time.monotonic() + TIMEOUT))) as connection:
+    with closing(sql._open(database, sql._Guard(sql.monotonic() + TIMEOUT))) as connection:
         connection.set_authorizer(None)
         for statement in ("DELETE FROM city", "CREATE TABLE evil (a)", "PRAGMA user_version = 7", "VACUUM"):
             with pytest.raises(sqlite3.OperationalError):
@@ -487,7 +613,7 @@ def test_it_works_in_several_threads(database: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert time.perf_counter() - start < 3 * TIMEOUT + 1.0  # one after another, where there is one worker
+    assert time.perf_counter() - start < SOON
     assert Counter(found) == {("SELECT 4", "ok"): 3, ("SELECT 5", "wrong"): 3, ("WITH REC", "timeout"): 3,
                               ("SELECT c", "wrong"): 3}  # fmt: skip
 
@@ -496,7 +622,7 @@ def test_it_works_in_several_threads(database: Path) -> None:
     ("options", "reason"),
     [
         ({"semantic": "bag"}, "did you mean 'semantics'"),
-        ({"semantics": "spider"}, "'semantics' of the reward 'sql' is wrong"),
+        ({"semantics": "multiset"}, "'semantics' of the reward 'sql' is wrong"),
         ({"partial_credit": 0.8}, "'partial_credit'"),
         ({"timeout": 0.0}, "'timeout'"),
         ({"timeout": float("inf")}, "'timeout'"),
