@@ -18,7 +18,8 @@ They stop what is written for the checker alone, and cannot tell whether an answ
 
 Source: Zhou et al., Instruction-Following Evaluation, arXiv 2311.07911, and its published checkers. Differs:
 
-- keywords are text, where IFEval reads them as regular expressions (published ones are plain words);
+- keywords are text, where IFEval reads them as regular expressions (published ones are plain words); a sign whose
+  number is asked for (`!`, `#`) is counted, where IFEval counts a letter drawn at random instead;
 - sentences are told apart by rules, where IFEval asks nltk's trained splitter: alike on prose, and different after rare
   abbreviations; signs of East Asian scripts end sentences here;
 - languages are told apart by script and by frequent words, where IFEval asks langdetect, which draws at random: `zh`

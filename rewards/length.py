@@ -26,9 +26,14 @@ sees whole groups of `group_size` (TRL's num_generations) or refuses: a process 
 
 Status of `overlong`: `ok` where nothing is taken off, else `wrong`. `Verdict.answer` is n.
 
+`max_tokens` is rollout.max_tokens, or less: a recipe whose answers are cut off before is refused, because what is said
+of the longest would never come about.
+
 Source: `overlong` DAPO, arXiv 2503.14476, Eq. 13; `cosine` Demystifying Long Chain-of-Thought Reasoning, arXiv
-2502.03373, with its values as defaults; `group_relative` Kimi k1.5, arXiv 2501.12599, section on length penalty.
-Differs: nothing, but that `cosine` takes every n ≥ `max_tokens` as exceeding.
+2502.03373, with the values of its authors' scripts for section 4.2 as defaults (github.com/eddycmu/demystify-long-cot);
+`group_relative` Kimi k1.5, arXiv 2501.12599, section on length penalty.
+Differs: `cosine` takes every n ≥ `max_tokens` as exceeding, where the paper has n = `max_tokens` and its code all from
+16 tokens before; the code's penalty on repetition in wrong answers is the reward `repetition`.
 """
 
 from __future__ import annotations
@@ -66,7 +71,7 @@ class Options(RewardOptions):
 
     shape: Shape = "overlong"
     max_tokens: Annotated[int, Field(gt=0)] | None = None
-    """Of `overlong` and `cosine`: the longest completion, rollout.max_tokens. DAPO: 20480."""
+    """Of `overlong` and `cosine`: the longest completion, at most rollout.max_tokens. DAPO: 20480."""
     cache: Annotated[int, Field(gt=0)] | None = None
     """Of `overlong`: the last tokens, over which the reward falls to −1. DAPO: 4096."""
     verifier: str | None = None

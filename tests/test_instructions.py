@@ -126,6 +126,46 @@ EXAMPLES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
 ]
 
 
+PUBLISHED: dict[str, tuple[dict[str, Any], str]] = {
+    "change_case:capital_word_frequency": ({"capital_frequency": 3, "capital_relation": AT_LEAST}, "AN OLD DOG ran"),
+    "change_case:english_capital": ({}, "THE DOG IS HERE"),
+    "change_case:english_lowercase": ({}, "the dog is here"),
+    "combination:repeat_prompt": ({"prompt_to_repeat": "Write a poem."}, "Write a poem. The sea is blue"),
+    "combination:two_responses": ({}, "Rex is a dog ****** Tom is a cat"),
+    "detectable_content:number_placeholders": ({"num_placeholders": 2}, "Dear [name] of [town]"),
+    "detectable_content:postscript": ({"postscript_marker": "P.P.S"}, "So long. P.P.S Come back"),
+    "detectable_format:constrained_response": ({}, "My answer is maybe."),
+    "detectable_format:json_format": ({}, '{"a dog": "named Rex"}'),
+    "detectable_format:multiple_sections": (
+        {"section_spliter": "Section", "num_sections": 2},
+        "Section 1\nDogs\nSection 2\nCats",
+    ),
+    "detectable_format:number_bullet_lists": ({"num_bullets": 2}, "* a dog\n* a cat"),
+    "detectable_format:number_highlighted_sections": ({"num_highlights": 2}, "*a dog* and *a cat*"),
+    "detectable_format:title": ({}, "<<Of dogs>> They run"),
+    "keywords:existence": ({"keywords": ["talented", "tianjin"]}, "A talented dog of Tianjin"),
+    "keywords:forbidden_words": ({"forbidden_words": ["field", "thanks"]}, "The dog ran off"),
+    "keywords:frequency": ({"keyword": "fiesta", "frequency": 2, "relation": AT_LEAST}, "Fiesta after fiesta came"),
+    "keywords:letter_frequency": (
+        {"letter": "#", "let_frequency": 2, "let_relation": AT_LEAST},
+        "Of #dogs and #cats here",
+    ),
+    "language:response_language": ({"language": "de"}, "Der Hund ist da und die Katze nicht"),
+    "length_constraints:nth_paragraph_first_word": (
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "weekend"},
+        "A dog ran.\n\nWeekend came.",
+    ),
+    "length_constraints:number_paragraphs": ({"num_paragraphs": 2}, "A dog ran\n***\nA cat slept"),
+    "length_constraints:number_sentences": ({"num_sentences": 3, "relation": LESS}, "A dog ran. A cat slept."),
+    "length_constraints:number_words": ({"num_words": 4, "relation": AT_LEAST}, "A dog ran off"),
+    "punctuation:no_comma": ({}, "A dog ran off"),
+    "startend:end_checker": ({"end_phrase": "Peace!"}, "The dog ran off. Peace!"),
+    "startend:quotation": ({}, '"The dog ran off"'),
+}
+"""What published rows give each constraint, and an answer that keeps it."""
+KEYS = {key for given, _ in PUBLISHED.values() for key in given}
+
+
 class TestConstraints:
     @pytest.mark.parametrize(
         ("name", "given", "good", "bad"), EXAMPLES, ids=lambda value: value if isinstance(value, str) else ""
@@ -215,6 +255,16 @@ class TestReward:
         published = {"instruction_id_list": ["length_constraints:number_words"], "kwargs": [given]}
         assert STRICT.verify("one two three", published) == Verdict(1.0, "ok", "1/1")
         assert STRICT.verify("The answer", {**published, "kwargs": [{**given, "num_words": 9}]}).reward == 0.0
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_published_rows_of_every_constraint(self, name: str) -> None:
+        """As `load_dataset("google/IFEval")` gives them, every mapping with all 24 keys, and as its JSON has them."""
+        given, text = PUBLISHED[name]
+        assert len(KEYS) == 24
+        for shape in (given, {**dict.fromkeys(KEYS), **given}):
+            published = {"key": 1000, "prompt": "Go on.", "instruction_id_list": [name], "kwargs": [shape]}
+            assert STRICT.verify(text, published) == Verdict(1.0, "ok", "1/1")
+            assert STRICT.verify("<think>Well</think>" + text, published).reward == 1.0
 
     def test_all_or_a_share(self) -> None:
         names = ["punctuation:no_comma", "startend:quotation", "detectable_format:title"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from posttrain import rewards
 from posttrain.cli import app, score
 from posttrain.cli.listing import settings_of
 from posttrain.registry import Entry, entry
+from tests.patience import eventually
 from tests.test_cli import HEAVY, plain
 
 LINES: list[dict[str, Any]] = [
@@ -115,7 +116,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("line", "sentence"),
         [
-            ("{", "line 3, is no JSON ("),
+            ("{", "line 3, is no JSON (it goes on over several lines, which jq -c puts into one"),
+            ('{"completion" "5"}', "is no JSON (Expecting ':' delimiter at character 15)"),
             ("[1]", "line 3, is a list: every line must be one JSON object"),
             ("", "line 3, is blank"),
             ("[" * 100_000, "line 3, is no JSON ("),
@@ -133,7 +135,7 @@ class TestRefusals:
             ),
             ('{"completion": [{"content": "5"}], "answer": "5"}', "line 3, has [{'content': '5'}] as its completion"),
         ],
-        ids=range(8),
+        ids=range(9),
     )
     def test_a_bad_line_is_named_before_anything_is_judged(self, answers: Path, line: str, sentence: str) -> None:
         lines = answers.read_text().splitlines()
@@ -185,6 +187,63 @@ class TestRefusals:
             result = call("--reward", "exact", "--input", source, "--output", target)
             assert result.exit_code == 2 and sentence in result.stderr
         assert len(answers.read_text().splitlines()) == 6
+
+    @pytest.mark.parametrize(
+        ("content", "sentence"),
+        [
+            (
+                gzip.compress(b'{"completion": "5", "answer": "5"}\n'),
+                "no JSON (it is compressed, which gzip -dc undoes)",
+            ),
+            (b"PAR1\x15\x04", "no JSON (it is Parquet)"),
+            ('{"completion": "é", "answer": "é"}'.encode("latin-1"), "it is not written in UTF-8: "),
+            ('{"completion": "5", "answer": "5"}'.encode("utf-16"), "it is not written in UTF-8: "),
+            (
+                b'[\n{"completion": "5", "answer": "5"}\n]',
+                "several lines, which jq -c puts into one, and jq -c '.[]' an",
+            ),
+            (b"completion,answer\n5,5\n", "no JSON (Expecting value at character 1)"),
+            (b"\n\n", "holds no completion"),
+        ],
+        ids=range(7),
+    )
+    def test_what_people_have_instead_of_lines(self, tmp_path: Path, content: bytes, sentence: str) -> None:
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(content)
+        result = call("--reward", "exact", "--input", str(path))
+        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert sentence in result.stderr
+
+    def test_blank_lines_at_the_end_are_none(self, answers: Path) -> None:
+        lines = answers.read_text()
+        answers.write_text(lines + "\n \n\n")
+        assert len(verdicts(call("--reward", "exact", "--input", str(answers)).stdout)) == len(LINES)
+        answers.write_text(lines + "\n\n" + lines)
+        assert "line 7, is blank" in call("--reward", "exact", "--input", str(answers)).stderr
+
+    def test_where_nothing_can_be_written_is_said_before_anything_is_judged(
+        self, answers: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(score, "_score", lambda *_, **__: pytest.fail("it judged"))
+        for target, said in ((str(answers.parent), "is the folder "), (".", "is the folder ."), ("", "is empty")):
+            result = call("--reward", "exact", "--input", str(answers), "--output", target)
+            assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+            assert f"--output {said}" in result.stderr and "name a file, or - for standard output" in result.stderr
+        assert "--input is empty: name a file" in call("--reward", "exact", "--input", "").stderr
+
+    def test_pipes_devices_and_links_stay_what_they_are(self, answers: Path, tmp_path: Path) -> None:
+        pipe, link, file = (tmp_path / name for name in ("pipe", "link", "verdicts.jsonl"))
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDWR)
+        assert call("--reward", "exact", "--input", str(answers), "--output", str(pipe)).exit_code == 0
+        assert len(verdicts(os.read(reader, 2**16).decode())) == len(LINES) and pipe.is_fifo()
+        os.close(reader)
+        file.write_text("old\n")
+        link.symlink_to(file)
+        assert call("--reward", "exact", "--input", str(answers), "--output", str(link)).exit_code == 0
+        assert link.is_symlink() and len(verdicts(file.read_text())) == len(LINES)
+        assert call("--reward", "exact", "--input", str(answers), "--output", "/dev/null").exit_code == 0
+        assert Path("/dev/null").is_char_device()
 
     def test_groups_need_a_name(self, tmp_path: Path) -> None:
         path = tmp_path / "a.jsonl"
@@ -242,11 +301,9 @@ def test_what_is_stopped_leaves_no_verdicts(tmp_path: Path, how: signal.Signals)
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     try:
-        until = time.monotonic() + 60
-        while not (tmp_path / "begun").exists() and time.monotonic() < until:
-            time.sleep(0.05)
+        assert eventually((tmp_path / "begun").exists, 300)
         os.kill(process.pid, how)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=300)
     finally:
         process.kill()
     assert out.read_text() == "old\n"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import ceil
 from pathlib import Path
 from typing import IO, Annotated, Any
@@ -67,7 +68,8 @@ def command(
     """Judge completions with a verifiable reward: one verdict per line, in the order of the lines.
 
     Every line is read and checked before the first is judged. An output file appears whole, when all is done: one that
-    was interrupted is as if it had never been begun. A summary goes to standard error.
+    was interrupted is as if it had never been begun. A pipe or device gets each verdict as it comes. A summary goes to
+    standard error.
     """
     from posttrain import rewards
 
@@ -113,8 +115,8 @@ def _score(verifier: Any, lines: IO[bytes], out: IO[str], *, name: str, field: s
                 seconds.append(verdict.seconds)
                 if verdict.reward is not None:
                     received.append(verdict.reward)
-                line = {key: getattr(verdict, key) for key in ("reward", "status", "answer", "detail", "seconds")}
-                out.write(json.dumps(line) + "\n")
+                line = {key: getattr(verdict, key) for key in ("reward", "status", "answer", "detail")}
+                out.write(json.dumps({**line, "seconds": round(verdict.seconds, 6)}) + "\n")
             bar.advance(len(chunk))
     _summarise(statuses, received, seconds)
 
@@ -172,38 +174,57 @@ def _set_jobs(verifier: Any, jobs: int | None) -> None:
 
 @contextmanager
 def _opened(source: str) -> Iterator[IO[bytes]]:
-    """A file that can be read twice; of standard input a copy.
+    """A file that can be read twice; of standard input, and of what cannot, a copy.
 
     Raises:
         UserError: it cannot be read.
     """
+    if not source:
+        raise UserError("--input is empty: name a file, or - for standard input.")
     if source == "-":
-        with tempfile.TemporaryFile() as copy:
-            while piece := sys.stdin.buffer.read(2**20):
-                copy.write(piece)
-            copy.seek(0)
+        with _copied(sys.stdin.buffer) as copy:
             yield copy
         return
     try:
         file = open(source, "rb")  # noqa: SIM115 - only opening it may fail with that message
     except OSError as error:
         raise UserError(f"{source} cannot be read ({error.strerror}): correct --input.") from None
-    with file:
-        yield file
+    with file, _copied(file) if not file.seekable() else nullcontext(file) as lines:
+        yield lines
+
+
+@contextmanager
+def _copied(file: IO[bytes]) -> Iterator[IO[bytes]]:
+    """All that a file gives, in one that is gone with the block."""
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(file, copy)
+        copy.seek(0)
+        yield copy
 
 
 @contextmanager
 def _written(target: str) -> Iterator[IO[str]]:
     """Standard output, or a file that appears when the block ends and never does when it fails.
 
+    What is there and no file, such as a pipe or /dev/null, is written to and stays what it is; where a link leads is
+    replaced, and the link stays.
+
     Raises:
-        UserError: its folder cannot be written to.
+        UserError: it is a folder, or its folder cannot be written to.
     """
     if target == "-":
         yield sys.stdout
         sys.stdout.flush()
         return
-    path = Path(target)
+    path = Path(target).resolve()
+    if not target or path.is_dir():
+        raise UserError(
+            f"--output is {f'the folder {target}' if target else 'empty'}: name a file, or - for standard output."
+        )
+    if path.exists() and not path.is_file():
+        with Path(target).open("w", encoding="utf-8") as other:
+            yield other
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,20 +240,39 @@ def _written(target: str) -> Iterator[IO[str]]:
 
 
 def _rows(lines: IO[bytes], name: str) -> Iterator[dict[str, Any]]:
-    """The JSON object of every line.
+    """The JSON object of every line; blank lines at the end are none.
 
     Raises:
         UserError: a line holds something else.
     """
+    blank = 0
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            blank = blank or number
+            continue
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
             problem = None if isinstance(row, dict) else f"a {type(row).__name__}"
         except (ValueError, RecursionError) as error:
-            row, problem = {}, "blank" if not line.strip() else f"no JSON ({error})"
+            row, problem = {}, f"no JSON ({_reason(error, line)})"
+        if blank:
+            number, problem = blank, "blank"
         if problem is not None:
             raise UserError(f"{name}, line {number}, is {problem}: every line must be one JSON object.")
         yield row
+
+
+def _reason(error: Exception, line: bytes) -> str:
+    """Why a line is no JSON."""
+    if line.startswith(b"\x1f\x8b"):
+        return "it is compressed, which gzip -dc undoes"
+    if line.startswith(b"PAR1"):
+        return "it is Parquet"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not written in UTF-8: {error.reason} at byte {error.start + 1}"
+    if line.strip() in (b"[", b"{"):
+        return "it goes on over several lines, which jq -c puts into one, and jq -c '.[]' an object of a list"
+    return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _check(row: Mapping[str, Any], columns: Sequence[str], reward: str, field: str, place: str) -> None:

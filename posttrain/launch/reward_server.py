@@ -389,7 +389,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(HTTPStatus.UNAUTHORIZED, "the request does not carry the token: send it as Authorization")
         if self.headers.get_content_type() != "application/json":
             raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the body must be application/json")
-        length = self.headers.get("Content-Length", "")
+        length = self._only("Content-Length")
         if "Transfer-Encoding" in self.headers or not length.isascii() or not length.isdecimal() or len(length) > 15:
             raise Refusal(HTTPStatus.LENGTH_REQUIRED, "the request needs a Content-Length")
         if int(length) > owner.max_bytes:
@@ -437,11 +437,24 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What is no request, or none that is served, in JSON as all errors are."""
+        self.close_connection = True
+        self.request_version = self.protocol_version  # of nonsense there is none, and then no status is sent
+        status = HTTPStatus(code)
+        self._send(status, {"error": message or status.phrase}, keep=False)
+
+    def _only(self, header: str) -> str:
+        """The value of a header; empty where it is missing, or there twice."""
+        found = self.headers.get_all(header, [])
+        return str(found[0]) if len(found) == 1 else ""
 
     def _asked_by_loopback(self) -> bool:
         try:
-            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
+            host = urlsplit(f"//{self._only('Host')}").hostname
         except ValueError:
             return False
         return host is not None and is_loopback(host)
