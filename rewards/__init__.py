@@ -40,6 +40,12 @@ FAILURES = frozenset({"unparseable_gold", "verifier_error"})
 MAX_FAILURES = 0.5
 """Share of failures above which a run stops."""
 
+THOUGHT = "<think>"
+"""What a chat template may end a prompt with, so that the completion begins inside a thought."""
+IN_THOUGHT = "completion_in_thought"
+"""The column that says of every completion whether it begins so."""
+_OPENING: Mapping[str, Any] = {"role": "assistant", "content": THOUGHT}
+
 in_worker = False
 """Whether this process is such a worker."""
 
@@ -130,6 +136,15 @@ class Verifier(ABC):
         """A completion that must score 1.0, made from the row; `None` where no such thing exists."""
         return None
 
+    def whole(self, completion: Completion, in_thought: bool) -> Completion:
+        """A completion as it is judged: behind the `<think>` that its prompt ended with, where it did (`in_thought`).
+
+        A verifier with the option `think_in_prompt` expects it without.
+        """
+        if not in_thought or getattr(self.options, "think_in_prompt", False):
+            return completion
+        return THOUGHT + completion if isinstance(completion, str) else [_OPENING, *completion]
+
     def attempt(self, completion: Completion, row: Mapping[str, Any]) -> Verdict:
         """`verify` here and now, timed; an exception is a verdict.
 
@@ -196,9 +211,8 @@ def after_thinking(text: str) -> str | None:
     `None` when a `<think>` behind that was never closed: a thought that was cut off holds no answer.
 
     Where the chat template puts `<think>` at the end of the prompt, a completion begins inside its thought, and one
-    that was cut off there has no tag at all: nothing tells it from an answer, so it is read as one, and what it happens
-    to say may be right. `mask_truncated_completions` of TRL leaves it out of the loss, and the reward `format` with
-    `think_in_prompt` says 0 of it.
+    that was cut off there has no tag at all. So training, pre-sampling and evaluation put the prompt's tag in front
+    before they have it judged (`Verifier.whole`).
     """
     answer = text.rpartition("</think>")[2]
     return None if "<think>" in answer else answer
@@ -277,7 +291,8 @@ class RewardFunction:
 
     TRL calls it in every process with that process' whole generation batch, the answers to a prompt beside one another.
     A verifier that compares them (`group_size`) gets whole groups or an error: a process never sees another's answers.
-    Prompts are told apart by the column `key`, or by themselves where the rows have none.
+    Prompts are told apart by the column `key`, or by themselves where the rows have none. Our trainers add the column
+    `IN_THOUGHT` where prompts end with `<think>`.
 
     Logs a `<name>_status` column in the completions table, where <name> is the verifier's `column`, and per call (TRL
     then averages over calls and processes):
@@ -326,6 +341,8 @@ class RewardFunction:
             )
         require_whole_groups(self.verifier, columns.get("key", prompts))
         rows = [{name: columns[name][i] for name in read} for i in range(len(completions))]
+        if IN_THOUGHT in columns:
+            completions = list(map(self.verifier.whole, completions, columns[IN_THOUGHT]))
         verdicts = self.verifier.score(completions, rows)
         if log_extra is not None:
             log_extra(f"{self.verifier.column}_status", [verdict.status for verdict in verdicts])

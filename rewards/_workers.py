@@ -507,21 +507,19 @@ class _Judgement:
         self.waiting.extendleft(reversed(turn.items))
 
     def _lose(self, worker: _Worker, cause: str | None = None) -> None:
-        """A worker is of no use any more; without a `cause` it has ended by itself. An item is tried twice."""
+        """A worker is of no use any more; without a `cause` it has ended by itself. An item is tried twice.
+
+        A worker that the kernel has killed for want of memory says nothing about the completion, whose own limit is far
+        below: the trainer beside it may have taken what there was.
+        """
         turn = self._leave(worker)
         status = self.pool.end(worker, LAST_BREATH if cause is None else 0.0)
         index = turn.items[0]
         self.deaths[index] += 1
-        signalled = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
-        if cause is None and turn.begun and signalled == signal.SIGKILL:  # not ours, of which nothing is said
-            self._accuse(turn, Verdict(0.0, "resource", detail="killed, probably for want of memory"))
-        elif self.deaths[index] > 1:
-            if cause is None and signalled is not None:
-                cause = signal.Signals(signalled).name
-            elif cause is None:
-                cause = "for no known reason" if status is None else f"exit status {os.WEXITSTATUS(status)}"
+        if self.deaths[index] > 1:
             turn.items.popleft()
-            self._decide(index, Verdict(None, "verifier_error", detail=f"two workers were lost: {cause}"))
+            detail = f"two workers were lost: {cause or _cause(status)}"
+            self._decide(index, Verdict(None, "verifier_error", detail=detail))
         self.waiting.extendleft(reversed(turn.items))
 
     def _accuse(self, turn: _Turn, verdict: Verdict) -> None:
@@ -536,6 +534,16 @@ class _Judgement:
 
     def _decide(self, index: int, verdict: Verdict) -> None:
         self.verdicts[index] = verdict
+
+
+def _cause(status: int | None) -> str:
+    """Why a worker has ended whose wait status this is."""
+    if status is None:
+        return "for no known reason"
+    if not os.WIFSIGNALED(status):
+        return f"exit status {os.WEXITSTATUS(status)}"
+    name = signal.Signals(os.WTERMSIG(status)).name
+    return f"{name}, probably for want of memory" if name == "SIGKILL" else name  # ours are never asked about
 
 
 def _read_verdict(message: Any) -> tuple[Verdict, bool]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ class Guesser:
     """Draws a digit near the sum from `params.seed` alone; dies at the call number `dies_at`."""
 
     name = "guesser"
+    tokenizer = SimpleNamespace(decode=lambda ids: "no thought")
 
     def __init__(self, fingerprint: str = "a1", dies_at: int | None = None) -> None:
         self.fingerprint, self.dies_at = fingerprint, dies_at

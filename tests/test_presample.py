@@ -86,6 +86,7 @@ class Watched:
 
     def __init__(self, engine: TransformersEngine, dies_at: int | None = None) -> None:
         self.engine, self.dies_at = engine, dies_at
+        self.tokenizer = engine.tokenizer
         self.asked: list[tuple[int, SamplingParams]] = []
         self.calls = 0
 

@@ -85,7 +85,7 @@ HOSTILE = {
     "deaf": (0.0, "timeout"),
     "stop": (0.0, "timeout"),
     "drip": (None, "verifier_error"),
-    "kill SIGKILL": (0.0, "resource"),  # as the kernel does when memory runs out
+    "kill SIGKILL": (None, "verifier_error"),  # as the kernel does when memory runs out, whoever has taken it
     "kill SIGTERM": (None, "verifier_error"),
     "segfault": (None, "verifier_error"),
     "exit 0": (None, "verifier_error"),
@@ -112,11 +112,12 @@ def test_an_item_costs_itself_and_no_neighbour(alone: _workers.Pool, word: str) 
 def test_items_are_done_in_order_around_several_that_are_killed(alone: _workers.Pool) -> None:
     words = ["loop", "a", "exit 1", "kill SIGKILL", "b", "raise x", "c", "sleep 60", "d"]
     found = alone.judge(Hostile(Options()), words, [{}] * len(words))
-    statuses = ["timeout", "ok", "verifier_error", "resource", "ok", "verifier_error", "ok", "timeout", "ok"]
+    statuses = ["timeout", "ok", "verifier_error", "verifier_error", "ok", "verifier_error", "ok", "timeout", "ok"]
     assert [verdict.status for verdict in found] == statuses
     assert [verdict.answer for verdict in found if verdict.status == "ok"] == ["a", "b", "c", "d"]
     assert found[0].seconds == DEADLINE and found[0].detail == "more than 0.5 s"
     assert found[2].detail == "two workers were lost: exit status 1"
+    assert found[3].detail == "two workers were lost: SIGKILL, probably for want of memory"
     assert found[5].detail == "ValueError: x"
 
 
@@ -177,7 +178,7 @@ def test_a_row_that_hangs_is_no_fault_of_the_completion() -> None:
     ]
     found = RowFirst(Options()).score([word for _, word in words], [{"row": row} for row, _ in words])
     assert [(verdict.reward, verdict.status) for verdict in found] == [
-        (1.0, "ok"), (None, "unparseable_gold"), (0.0, "timeout"), (None, "unparseable_gold"), (0.0, "resource"),
+        (1.0, "ok"), (None, "unparseable_gold"), (0.0, "timeout"), (None, "verifier_error"), (None, "verifier_error"),
         (1.0, "ok"),
     ]  # fmt: skip
     assert found[1].detail == "the row: more than 0.5 s"
@@ -401,7 +402,7 @@ def test_too_few_calls_and_faults_of_completions_stop_nothing() -> None:
         assert function([None], ["raise x"]) == [None]
     function = RewardFunction(Hostile(Options(deadline=0.01)), max_failures=0.0)
     for _ in range(9):
-        assert function([None] * 2, ["loop", "kill SIGKILL"]) == [0.0, 0.0]
+        assert function([None] * 2, ["loop", "loop"]) == [0.0, 0.0]
 
 
 def test_metrics_of_a_call() -> None:
@@ -413,7 +414,7 @@ def test_metrics_of_a_call() -> None:
             found.extend(score(completions))
             return found
 
-    words = ["a", "sleep 0.2", "loop", "kill SIGKILL", "raise x", "at once", "b", "c"]
+    words = ["a", "sleep 0.2", "loop", "memory", "raise x", "at once", "b", "c"]
     RewardFunction(Noted(Options()))([None] * 8, words, log_metric=metrics.__setitem__)
     assert {name.removeprefix("rewards/hostile/"): value for name, value in list(metrics.items())[:3]} == {
         "failures": 0.125, "timeouts": 0.125, "resource": 0.125,

@@ -58,6 +58,14 @@ def command(
     field: Annotated[
         str, typer.Option("--completion", metavar="COLUMN", help="The column that holds the completion.")
     ] = "completion",
+    in_thought: Annotated[
+        bool,
+        typer.Option(
+            "--in-thought",
+            help="The prompts ended with <think>: completions begin inside their thought, and one without </think> was "
+            "cut off there.",
+        ),
+    ] = False,
     jobs: Annotated[
         int | None,
         typer.Option(
@@ -79,10 +87,11 @@ def command(
         if target != "-" and source != "-" and Path(target).resolve() == Path(source).resolve():
             raise UserError(f"--input and --output are both {source}: write the verdicts to another file.")
         with _opened(source) as lines, _written(target) as out:
-            _score(verifier, lines, out, name="standard input" if source == "-" else source, field=field)
+            name = "standard input" if source == "-" else source
+            _score(verifier, lines, out, name=name, field=field, in_thought=in_thought)
 
 
-def _score(verifier: Any, lines: IO[bytes], out: IO[str], *, name: str, field: str) -> None:
+def _score(verifier: Any, lines: IO[bytes], out: IO[str], *, name: str, field: str, in_thought: bool) -> None:
     """Judge all lines, write their verdicts and print a summary."""
     from posttrain.progress import Bar
     from posttrain.rewards import require_whole_groups
@@ -110,7 +119,7 @@ def _score(verifier: Any, lines: IO[bytes], out: IO[str], *, name: str, field: s
     with Bar(f"score {verifier.column}", total, "completions") as bar:
         for chunk in _chunks(_rows(lines, name), size):
             rows = [{column: row[column] for column in columns} for row in chunk]
-            for verdict in verifier.score([row[field] for row in chunk], rows):
+            for verdict in verifier.score([verifier.whole(row[field], in_thought) for row in chunk], rows):
                 statuses[verdict.status] += 1
                 seconds.append(verdict.seconds)
                 if verdict.reward is not None:

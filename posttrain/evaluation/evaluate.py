@@ -303,6 +303,7 @@ def _sample_chunk(
     max_tokens: int,
 ) -> pa.Table:
     from posttrain.rollouts.engine import SamplingParams  # imports torch
+    from posttrain.rollouts.tokens import opens_thought
 
     params = SamplingParams(
         max_tokens=max_tokens, n=settings.n, temperature=settings.temperature, top_p=settings.top_p, seed=seed
@@ -315,7 +316,12 @@ def _sample_chunk(
     if verifier is None:
         judged = [Verdict(None, "not_judged")] * len(distinct)
     else:
-        judged = verifier.score([text for _, text in distinct], list(distinct.values()))
+        in_thought = {
+            problem: opens_thought(engine.tokenizer, group[0].prompt_ids)
+            for (problem, _), group in zip(chunk, groups, strict=True)
+        }
+        texts = [verifier.whole(text, in_thought[problem]) for problem, text in distinct]
+        judged = verifier.score(texts, list(distinct.values()))
     verdicts = dict(zip(distinct, judged, strict=True))
     records = [
         _record(row, problem, number, sample, verdicts[problem, sample.text])

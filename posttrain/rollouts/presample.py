@@ -26,6 +26,7 @@ from posttrain.recipe import Presample
 from posttrain.rewards import Verdict, Verifier
 from posttrain.rollouts.engine import Engine, Sample, SamplingParams
 from posttrain.rollouts.store import FORMAT, Store, prompt_id
+from posttrain.rollouts.tokens import opens_thought
 from posttrain.tasks import Row, fingerprint, shown
 
 _INTS = pa.list_(pa.int32())
@@ -178,10 +179,13 @@ def _part(
         top_p=settings.top_p,
         seed=seed,
     )
+
+    def judged(drawn: Sequence[Sample], row: Row) -> list[Verdict]:
+        in_thought = opens_thought(engine.tokenizer, drawn[0].prompt_ids)
+        return verifier.score([verifier.whole(s.text, in_thought) for s in drawn], [row] * len(drawn))
+
     samples = engine.sample([shown(row) for row in rows], params)
-    verdicts = [
-        verifier.score([s.text for s in drawn], [row] * len(drawn)) for row, drawn in zip(rows, samples, strict=True)
-    ]
+    verdicts = [judged(drawn, row) for row, drawn in zip(rows, samples, strict=True)]
     correct = [sum(verdict.reward == 1.0 for verdict in of_prompt) for of_prompt in verdicts]
     candidates = [i for i, count in enumerate(correct) if count >= threshold]
     stored: dict[int, list[dict[str, Any]]] = {}
@@ -195,7 +199,7 @@ def _part(
         )
         fresh = engine.sample([shown(rows[i]) for i in candidates], fresh_params)
         for i, drawn in zip(candidates, fresh, strict=True):
-            checks = verifier.score([s.text for s in drawn], [rows[i]] * len(drawn))
+            checks = judged(drawn, rows[i])
             if all(verdict.reward == 1.0 for verdict in checks):
                 images = rows[i].get("images")
                 scores = engine.score(

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from posttrain.errors import UserError
+from posttrain.rewards import THOUGHT
 from posttrain.rollouts.engine import Images, Prompt, TokenIds
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
@@ -96,6 +97,13 @@ def tokenizer_of(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
         return processing_class
     tokenizer: PreTrainedTokenizerBase = processing_class.tokenizer
     return tokenizer
+
+
+def opens_thought(processing_class: ProcessingClass, prompt_ids: TokenIds) -> bool:
+    """Whether a rendered prompt ends with `<think>`, so that its completion begins inside a thought."""
+    text: Any = tokenizer_of(processing_class).decode(list(prompt_ids[-16:]))
+    ends: bool = text.rstrip().endswith(THOUGHT)
+    return ends
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,11 @@ from posttrain.objectives.policy import (
 )
 from posttrain.objectives.reduce import LOSS_TYPES, reduce, token_mean
 from posttrain.objectives.vocabulary import Head
+from posttrain.rewards import IN_THOUGHT
 from posttrain.rollouts.engine import Engine
 from posttrain.rollouts.replay import Draw, Replay
 from posttrain.rollouts.teacher import Teacher, TeacherScores, require_effect, unpadded
+from posttrain.rollouts.tokens import opens_thought
 from posttrain.seams.beside_head import beside_head
 from posttrain.seams.checkpoints import RenamedCheckpoints
 from posttrain.seams.rollout import DEFAULT_GAP_LIMIT, Gap, Rollouts, engine_of
@@ -169,6 +171,7 @@ class OnPolicyTrainer(RenamedCheckpoints, GRPOTrainer):
         if not any(isinstance(callback, RequireSharding) for callback in self.callback_handler.callbacks):
             self.add_callback(RequireSharding())
         self._extra_keys: tuple[str, ...] = ()
+        self._in_thought: Sequence[bool] = ()
         self._window: tuple[int, int] = (-1, -1)
         self._rows: Sequence[Mapping[str, Any]] = ()
         self._scoring: Future[TeacherScores] | None = None
@@ -292,6 +295,8 @@ class OnPolicyTrainer(RenamedCheckpoints, GRPOTrainer):
 
     def _generate(self, prompts: Any) -> Any:
         generated: Any = super()._generate(prompts)
+        tokenizer: Any = self.processing_class
+        self._in_thought = [opens_thought(tokenizer, ids) for ids in generated[0]]
         if generated[6] is not None:  # TRL's None for a prompt without images among others is nothing to a processor
             generated = (*generated[:6], [images or [] for images in generated[6]], *generated[7:])
         if self.teacher is not None and self.asks_teacher():
@@ -306,6 +311,8 @@ class OnPolicyTrainer(RenamedCheckpoints, GRPOTrainer):
         return self._rollouts.generate(prompt_ids)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        if any(self._in_thought):  # a column of every reward function's, as those of the rows
+            inputs = [{**row, IN_THOUGHT: begun} for row, begun in zip(inputs, self._in_thought, strict=True)]
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         start = self.accelerator.process_index * len(prompts)  # TRL gathers them over all processes
         mine = rewards[start : start + len(prompts)]
