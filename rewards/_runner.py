@@ -1,5 +1,8 @@
 r"""What runs inside the sandbox: `python -P -s -S _runner.py serve SETTINGS FD`. Standard library only.
 
+It is a program of a model's, or the tests of a row: asserts that run here call a stub, and whoever started them asks
+the program, in a sandbox of its own. Neither process knows of the other.
+
 The server reads no program. For each it is sent four descriptors, forks a *supervisor*, and forgets it. The supervisor
 forks the process that locks itself in and then runs the program; it reports how that ended, and kills it and all that
 it has left when told to, or when whoever asked is gone. A program comes over a socket that only its own process reads,
@@ -22,6 +25,7 @@ Source: man pages landlock(7), seccomp(2), user_namespaces(7), pid_namespaces(7)
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import ctypes
 import errno
@@ -44,6 +48,8 @@ MAX_MESSAGE = 2**26
 """Bytes of a message to a program."""
 MAX_ANSWER = 2**20
 """Bytes of a value that a program returns, as it is sent."""
+MAX_CALL = 2**23
+"""Bytes of the arguments that tests give to one call, as they are sent."""
 
 _LENGTH = struct.Struct(">I")
 
@@ -141,6 +147,33 @@ def complaint(error: BaseException) -> list[str]:
         return [type(error).__name__[:100], str(error)[:300]]
     except BaseException:
         return ["Exception", ""]
+
+
+def raised(error: BaseException) -> list[Any]:
+    """The nearest built-in class of an exception, and its arguments as `encode` makes them, or else its text."""
+    kind, args = "Exception", [complaint(error)[1]]
+    with contextlib.suppress(BaseException):
+        names = (each.__name__ for each in type(error).__mro__ if getattr(builtins, each.__name__, None) is each)
+        kind = next(names)
+        held = encode(list(error.args))
+        args = held if len(json.dumps(held)) <= 10_000 else args
+    return [kind, args]
+
+
+def exception(kind: str, args: list[Any]) -> BaseException:
+    """What `raised` was told of, or of a class above it where that takes other arguments.
+
+    One that would end a loop in silence, and with it the asserts in it, is a RuntimeError.
+    """
+    found = getattr(builtins, kind, None)
+    if not isinstance(found, type) or not issubclass(found, BaseException):
+        found = Exception
+    if issubclass(found, StopIteration | StopAsyncIteration):
+        found, args = RuntimeError, [f"the function raised {kind}"]
+    for each in found.__mro__:
+        with contextlib.suppress(Exception):
+            return each(*args)  # type: ignore[no-any-return]
+    raise AssertionError  # BaseException takes any
 
 
 # ---------------------------------------------------------------- system calls
@@ -684,6 +717,8 @@ def _run_locked(settings: Mapping[str, Any], data: int, inside: bool) -> NoRetur
             stream = io.open(descriptor, mode, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115, UP020
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
+        if request["asks"]:
+            _run_tests(channel, request)
         if request["function"] is None:
             _run_script(channel, request["source"])
         _answer_calls(channel, request)
@@ -729,7 +764,7 @@ def _answer_calls(channel: socket.socket, request: Mapping[str, Any]) -> NoRetur
         try:
             return make()
         except BaseException as error:
-            _send(channel, {"error": complaint(error)})
+            _send(channel, {"error": complaint(error), "raised": raised(error)})
             return attempt  # no value of any program
 
     function = attempt(lambda: named(request["source"], request["function"]))
@@ -750,6 +785,63 @@ def _answer_calls(channel: socket.socket, request: Mapping[str, Any]) -> NoRetur
         except BaseException as error:
             message = {"error": complaint(error)}
         _send(channel, message)
+
+
+def _run_tests(channel: socket.socket, request: Mapping[str, Any]) -> NoReturn:
+    """Tests to their end: each call of the function is asked over the channel, and then how they have ended is said."""
+    import random
+    import threading
+
+    lock = threading.Lock()
+    exits: list[BaseException] = []
+
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        try:
+            call = {"args": encode(list(args)), "kwargs": {name: encode(value) for name, value in kwargs.items()}}
+        except TypeError as error:
+            raise TypeError(f"an argument that is no plain data: {error}") from None
+        if len(json.dumps({"call": call})) > MAX_CALL:
+            raise ValueError(f"arguments of more than {MAX_CALL} bytes")
+        with lock:
+            try:
+                _send(channel, {"call": call})
+                answer = _receive(channel)
+            except BaseException:  # such as an alarm that the tests have set: what comes now answers no later call
+                channel.close()
+                raise
+        if "value" in answer:
+            return decode(answer["value"])
+        kind, held = answer["raised"]
+        its = exception(kind, decode(held))
+        if isinstance(its, SystemExit):
+            exits.append(its)
+        raise its
+
+    stub.__name__ = stub.__qualname__ = request["function"]
+    space = sys.modules["__main__"].__dict__
+    space[request["function"]] = stub
+    random.seed(0)  # the same tests for every program
+    said: dict[str, Any] = {"ended": True}
+    try:
+        exec(compile(request["source"], "tests", "exec", dont_inherit=True), space)  # noqa: S102 - what this is for
+    except BaseException as error:
+        ends_well = isinstance(error, SystemExit) and error.code in (None, 0)
+        if not ends_well or any(error is other for other in exits):
+            kind, text = complaint(error)
+            where = f"line {_line(error)} of the tests"
+            said = {"error": [kind, f"{text[:200]} ({where})" if text else where]}
+    with contextlib.suppress(BaseException):
+        _send(channel, said)
+    os._exit(0)
+
+
+def _line(error: BaseException) -> int:
+    """Where the tests were when it was raised: in the innermost of their own functions."""
+    line, trace = 0, error.__traceback__
+    while trace is not None:
+        line = trace.tb_lineno if trace.tb_frame.f_code.co_filename == "tests" else line
+        trace = trace.tb_next
+    return line or getattr(error, "lineno", None) or 0
 
 
 # ---------------------------------------------------------------- supervisor and server

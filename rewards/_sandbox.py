@@ -77,11 +77,17 @@ class Unavailable(Exception):
 
 
 class Stopped(Exception):
-    """A program came to an end before it had answered: `status` is what that means, the text says more."""
+    """A program came to an end before it had answered: `status` is what that means, the text says more.
 
-    def __init__(self, status: Literal["wrong", "timeout", "resource"], reason: str) -> None:
+    `raised` are the built-in class of the exception and its arguments, as plain data, where it was one.
+    """
+
+    def __init__(
+        self, status: Literal["wrong", "timeout", "resource"], reason: str, raised: tuple[str, list[Any]] | None = None
+    ) -> None:
         super().__init__(reason)
         self.status: Literal["wrong", "timeout", "resource"] = status
+        self.raised = raised
 
 
 class Sandbox:
@@ -127,16 +133,19 @@ class Sandbox:
             self.close()
             raise Unavailable("the sandbox's server does not start")
 
-    def start(self, source: str, function: str | None, stdin: bytes, seconds: float, deadline: float) -> Program:
+    def start(
+        self, source: str, function: str | None, stdin: bytes, seconds: float, deadline: float, *, asks: bool = False
+    ) -> Program:
         """Start a program, which may take so many seconds from when its sandbox is ready.
 
         Args:
             deadline: a time of `monotonic` beyond which it does not run, and the sandbox need not become ready.
+            asks: it does not define `function` but calls it (`Program.asked`).
 
         Raises:
             Unavailable: the sandbox failed.
         """
-        return Program(self, source, function, stdin, seconds, deadline)
+        return Program(self, source, function, stdin, seconds, deadline, asks=asks)
 
     def run(self, source: str, stdin: bytes, seconds: float, deadline: float | None = None) -> bytes:
         """What a program prints when it reads `stdin`.
@@ -182,13 +191,23 @@ class Program:
     """
 
     def __init__(
-        self, sandbox: Sandbox, source: str, function: str | None, stdin: bytes, seconds: float, deadline: float
+        self,
+        sandbox: Sandbox,
+        source: str,
+        function: str | None,
+        stdin: bytes,
+        seconds: float,
+        deadline: float,
+        *,
+        asks: bool = False,
     ) -> None:
         self._limits = sandbox.limits
+        self._longest = _runner.MAX_CALL if asks else 2 * _runner.MAX_ANSWER
         self._deadline, self._began = deadline, monotonic()
         self._received, self._printed = bytearray(), bytearray()
         self._report: dict[str, Any] | None = None
         self._complaint: tuple[str, str] | None = None
+        self._raised: tuple[str, list[Any]] | None = None
         with contextlib.ExitStack() as opened:
             try:
                 self._control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -215,7 +234,7 @@ class Program:
             if not isinstance(first, dict) or "ready" not in first:
                 raise Unavailable(str(first.get("broken") if isinstance(first, dict) else first))
             self.allow(seconds, deadline)
-            self._say({"source": source, "function": function})
+            self._say({"source": source, "function": function, "asks": asks})
         except Stopped as stopped:  # nothing of the program has run: it is the machine that took so long
             self.close()
             raise Unavailable(f"the sandbox did not begin: {self._said() or stopped}") from None
@@ -249,6 +268,40 @@ class Program:
             return _runner.decode(form)
         except (ValueError, TypeError, RecursionError) as error:
             raise Stopped("wrong", f"an answer that is no value: {error}") from None
+
+    def asked(self) -> tuple[list[Any], dict[str, Any]] | None:
+        """The call that it makes of the function, or None when it has come to its end without an exception.
+
+        Raises:
+            Stopped: it has come to another end.
+        """
+        message = self._hear()
+        if isinstance(message, dict) and message.get("ended") is True:
+            return None
+        call = message.get("call") if isinstance(message, dict) else None
+        if isinstance(call, dict):
+            try:
+                args, kwargs = call["args"], call["kwargs"]
+                return _runner.decode(args), {name: _runner.decode(value) for name, value in kwargs.items()}
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                raise Stopped("wrong", f"a call that is none: {error}") from None
+        self._note(message)
+        self._raise_complaint()
+        raise Stopped("wrong", "it spoke neither of a call nor of its end")
+
+    def answer(self, found: Any) -> None:
+        """Give what the function has returned, or the `Stopped` that came instead, as the exception that it was.
+
+        What was none is a TypeError: a value that is no plain data.
+
+        Raises:
+            Stopped: it does not take it in time.
+        """
+        if isinstance(found, Stopped):
+            kind, args = found.raised or ("TypeError", [str(found)])
+            self._say({"raised": [kind, _runner.encode(args)]})
+        else:
+            self._say({"value": _runner.encode(found)})
 
     def output(self) -> bytes:
         """What it prints until its end.
@@ -310,7 +363,7 @@ class Program:
             Stopped: nothing happens until the deadline, or it prints too much.
             ValueError: what it says is no message.
         """
-        if (message := unframe(self._received, 2 * _runner.MAX_ANSWER)) is not None:
+        if (message := unframe(self._received, self._longest)) is not None:
             yield message
             return
         ready = self._wait()
@@ -326,7 +379,7 @@ class Program:
                 self._quiet = True
         if self._control.fileno() in ready and self._data.fileno() not in ready:
             self._read_report()
-        if (message := unframe(self._received, 2 * _runner.MAX_ANSWER)) is not None:
+        if (message := unframe(self._received, self._longest)) is not None:
             yield message
 
     _quiet = False
@@ -382,6 +435,11 @@ class Program:
             error = message.get("error")
             if isinstance(error, list) and len(error) == 2 and all(isinstance(part, str) for part in error):
                 self._complaint = error[0][:100], error[1][:300]
+            self._raised = None
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                kind, args = message.get("raised")  # type: ignore[misc]
+                if isinstance(kind, str) and isinstance(args, list):
+                    self._raised = kind[:100], _runner.decode(args)
 
     def _raise_complaint(self) -> None:
         if self._complaint is None:
@@ -390,7 +448,7 @@ class Program:
         self._complaint = None
         starved = kind in ("MemoryError", "too large") or "can't start new thread" in text
         starved = starved or (kind == "OSError" and any(f"[Errno {code}]" in text for code in (12, 24, 27, 28)))
-        raise Stopped("resource" if starved else "wrong", f"{kind}: {text}" if text else kind)
+        raise Stopped("resource" if starved else "wrong", f"{kind}: {text}" if text else kind, self._raised)
 
     def _judge_end(self) -> None:
         """Say how the program has ended.

@@ -11,19 +11,27 @@ The first two may be JSON text. JSON has no tuples and no keys but text, so a li
 An assert is taken apart: one call of one function, with arguments that are written out, compared by `==`, `!=`, `is`,
 `in`, `<` and the like with a value that is written out, by `math.isclose`, by `abs(f(x) - y) < t`, or taken as a truth
 value; `set`, `sorted`, `list`, `tuple`, `len` and `round` may be applied to what it returns. Values may use these,
-arithmetic, `range`, `float("inf")` and names that were given such a value before. Anything else is refused, by line.
+arithmetic, `range`, `float("inf")` and names that were given such a value before.
+
+Where a text holds anything else (loops, helpers, `try`, random inputs), all of it is a *script*, which is to be run
+where the function is a stub. It may import the standard library, has to define or import all other names, and may not
+`eval` or `exec`, as what it would run may be the program's. What cannot be a script either is refused, by line.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import json
 import math
 import operator
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
+
+from posttrain.rewards import _runner
 
 Kind = Literal["stdin_stdout", "function_call"]
 
@@ -51,10 +59,15 @@ _MAKERS: dict[str, Callable[..., Any]] = {
 _NUMBERS = {"inf": math.inf, "nan": math.nan, "pi": math.pi, "e": math.e, "tau": math.tau}
 _MAX = 1_000_000
 """Digits, elements and characters that a written-out value may grow to by arithmetic."""
+_PLAIN = (int, float, complex, str, bytes, list, tuple, set, frozenset, dict)
 
 
 class Unreadable(ValueError):
     """A suite cannot be read, and why."""
+
+
+class _NoCalls(Unreadable):
+    """A suite cannot be taken apart into calls, and where."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +88,17 @@ class Suite:
 
     function: str | None
     cases: list[Case]
+    script: str = ""
+    """Python that calls `function`, in the place of `cases`."""
+    reason: str = ""
+    """Why a script is not taken apart into calls."""
 
 
 def read(tests: Any, entry_point: str | None) -> Suite:
     """The suite that a row holds; `entry_point` is its function where the tests do not say.
 
     Raises:
-        Unreadable: it holds none, or one that cannot be taken apart.
+        Unreadable: it holds none, or one that can neither be taken apart nor run.
     """
     if isinstance(tests, str):
         return _read_text(tests, entry_point)
@@ -102,7 +119,10 @@ def _read_text(text: str, entry_point: str | None) -> Suite:
         module = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Unreadable(f"the tests are neither JSON nor Python ({error})") from None
-    return _Asserts(entry_point).read(module)
+    try:
+        return _Asserts(entry_point).read(module)
+    except _NoCalls as reason:
+        return _Script(module).read(text, entry_point, str(reason))
 
 
 def _read_data(data: Any, entry_point: str | None) -> Suite:
@@ -219,6 +239,10 @@ def _close(found: str, wanted: str, tolerance: float) -> bool:
         return False
 
 
+def _where(node: ast.AST, reason: str) -> str:
+    return f"line {getattr(node, 'lineno', 0)} of the tests, `{ast.unparse(node)[:80]}`: {reason}"
+
+
 # ---------------------------------------------------------------- asserts
 
 
@@ -236,7 +260,7 @@ class _Asserts:
         body: list[ast.stmt] = [node for node in module.body if node not in checks]
         for check in checks:
             if len(check.args.args) != 1:
-                raise self._refusal(check, "check takes other than one argument")
+                raise Unreadable(_where(check, "check takes other than one argument"))
             self._candidate = check.args.args[0].arg
             body += check.body
         if checks and self._function is None:
@@ -247,9 +271,8 @@ class _Asserts:
             raise Unreadable("the tests hold no assert")
         return Suite(self._function, self._cases)
 
-    def _refusal(self, node: ast.AST, reason: str) -> Unreadable:
-        line = getattr(node, "lineno", 0)
-        return Unreadable(f"line {line} of the tests, `{ast.unparse(node)[:80]}`: {reason}")
+    def _refusal(self, node: ast.AST, reason: str) -> _NoCalls:
+        return _NoCalls(_where(node, reason))
 
     def _statement(self, node: ast.stmt) -> None:
         if isinstance(node, ast.Assert):
@@ -327,6 +350,10 @@ class _Asserts:
             if keyword.arg is None:
                 raise self._refusal(node, "arguments behind **")
             kwargs[keyword.arg] = self._value(keyword.value)
+        try:
+            _runner.encode([args, list(kwargs.values())])
+        except (TypeError, ValueError) as error:
+            raise Unreadable(_where(node, f"an argument that is no plain data: {error}")) from None
 
         def passes_view(found: Any, tolerance: float) -> bool:
             for view, arguments in reversed(views):
@@ -397,7 +424,7 @@ class _Asserts:
             case ast.Call(func=ast.Name()) if self._name_of(node.func) in _MAKERS:
                 values = [self._value(argument) for argument in node.args]
                 if self._name_of(node.func) == "range" and len(range(*values)) > _MAX:
-                    raise self._refusal(node, "too large")
+                    raise Unreadable(_where(node, "too large"))
                 named = {str(keyword.arg): self._value(keyword.value) for keyword in node.keywords}
                 return _MAKERS[self._name_of(node.func)](*values, **named)
         raise self._refusal(node, "not written out as a value")
@@ -406,9 +433,77 @@ class _Asserts:
         left, right = self._value(node.left), self._value(node.right)
         if isinstance(node.op, ast.Pow) and isinstance(left, int) and isinstance(right, int):
             if abs(right) * max(1, left.bit_length()) > _MAX:
-                raise self._refusal(node, "too large")
+                raise Unreadable(_where(node, "too large"))
         elif isinstance(node.op, ast.Mult):
             sizes = [len(side) if hasattr(side, "__len__") else side for side in (left, right)]
             if any(hasattr(side, "__len__") for side in (left, right)) and sizes[0] * sizes[1] > _MAX:
-                raise self._refusal(node, "too large")
+                raise Unreadable(_where(node, "too large"))
         return _ARITHMETIC[type(node.op)](left, right)
+
+
+# ---------------------------------------------------------------- scripts
+
+
+class _Script:
+    """Finds out what a text of tests needs that it does not define: the function under test, and nothing else."""
+
+    def __init__(self, module: ast.Module) -> None:
+        self._module = module
+        self._bound = set(dir(builtins))
+        self._read: dict[str, ast.AST] = {}
+        self._called: set[str] = set()
+        self._imports_all = False
+        for node in ast.walk(module):
+            self._note(node)
+
+    def _note(self, node: ast.AST) -> None:
+        match node:
+            case ast.Name(ctx=ast.Load()):
+                self._read.setdefault(node.id, node)
+            case ast.Call(func=ast.Name(id=name)):
+                self._called.add(name)
+            case ast.Name():
+                self._bound.add(node.id)
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef() | ast.ExceptHandler() | ast.MatchAs():
+                self._bound.add(node.name or "")
+            case ast.MatchStar(name=str(name)) | ast.MatchMapping(rest=str(name)) | ast.arg(arg=name):
+                self._bound.add(name)
+            case ast.Import() | ast.ImportFrom():
+                modules = [alias.name for alias in node.names]
+                if isinstance(node, ast.ImportFrom):
+                    modules = ["." * node.level + (node.module or "")]
+                if not {name.partition(".")[0] for name in modules} <= sys.stdlib_module_names:
+                    raise Unreadable(_where(node, "programs have the standard library, and nothing else"))
+                self._bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+                self._imports_all |= any(alias.name == "*" for alias in node.names)
+
+    def read(self, text: str, entry_point: str | None, reason: str) -> Suite:
+        """The suite of one script, where it needs one function.
+
+        Raises:
+            Unreadable: it needs more or nothing, or would run what a program returns.
+        """
+        for name in ("eval", "exec"):
+            if name in self._read:
+                raise Unreadable(_where(self._read[name], "what is run may be what a program returns"))
+        unknown = {name: node for name, node in self._read.items() if name not in self._bound}
+        function = entry_point or min(unknown, key=lambda name: name not in self._called, default=None)
+        functions = {node.name for node in self._module.body if isinstance(node, ast.FunctionDef)}
+        if function is None or (function not in self._read and "check" not in functions):
+            raise Unreadable(f"the tests do not call {function or 'any function that they do not define'}")
+        others = [node for name, node in unknown.items() if name != function]
+        if others and not (entry_point and self._imports_all):
+            raise Unreadable(_where(others[0], f"beside {function}, the tests need what they do not define"))
+        for node in ast.walk(self._module):
+            match node:
+                case ast.Attribute(value=ast.Call(func=ast.Name(id=name))) if name == function and not any(
+                    hasattr(kind, node.attr) for kind in _PLAIN
+                ):
+                    raise Unreadable(_where(node, "no plain data has this attribute, and results are plain data"))
+        if "check" in functions and not any(self._calls_check(node) for node in ast.walk(self._module)):
+            text += f"\n\ncheck({function})\n"
+        return Suite(function, [], text, reason)
+
+    @staticmethod
+    def _calls_check(node: ast.AST) -> bool:
+        return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "check"

@@ -5,13 +5,25 @@ there is none in Python. The row's `tests` say what it is fed and what must come
 MBPP, HumanEval, APPS and TACO among them. There are two kinds: `stdin_stdout`, a fresh process per test, and
 `function_call`, one process that is called once per test. Programs have Python's standard library, and nothing else.
 
-The expected outputs never enter the sandbox. This side sends an input, what runs there answers with plain data, and
-this side compares: exactly, or with `tolerance`; printed text line by line, without regard to white space at ends and
-to its amount. So whatever a program does to `==`, to `assert`, to the process or to the runner, it can only claim a
-value, and it does not know which one is right. Nor can it see the input of a later test before it has answered an
-earlier one, except on an executor elsewhere, which is sent all calls at once. Asserts are taken apart into calls, not
-run; a row whose asserts cannot be is `unparseable_gold`. A row may have a `solution`, a whole program: data with a
-wrong one is refused when it is loaded.
+The expected outputs never enter the program's sandbox. This side sends an input, what runs there answers with plain
+data, and this side compares: exactly, or with `tolerance`; printed text line by line, without regard to white space at
+ends and to its amount. So whatever a program does to `==`, to `assert`, to the process or to the runner, it can only
+claim a value, and it does not know which one is right. Nor can it see the input of a later test before it has answered
+an earlier one, except on an executor elsewhere, which is sent all calls at once. A row may have a `solution`, a whole
+program: data with a wrong one is refused when it is loaded.
+
+Asserts are taken apart into calls where they can be. Otherwise (loops, helpers, `try`, random inputs) they run as they
+are, in a sandbox of their own where the function is a stub; this side carries the calls and the results between the two
+sandboxes, as plain data, so that a program still sees one input after the other and no assert. The program passes when
+the tests end without an exception. What ends them before their first call is their own fault (`unparseable_gold`, as
+are tests that can be read in neither way); the program begins with that call and answers for all that follows: a text
+in the place of a number makes the tests fail with a TypeError, and the program `wrong`. An exception of the program
+comes out of the stub as the nearest built-in class, with its arguments. These tests count as one, without `tolerance`
+and partial credit; `random` begins with the seed 0; they may make 10,000 calls; an executor elsewhere does not take
+them. What differs from a single process: arguments and results are copies, so the tests see no change of an argument in
+place, no identity, and no result that changes later; classes of the program's own, functions and generators are no
+results, nor arguments (TypeError), and a named tuple is a tuple; a StopIteration is a RuntimeError, lest it end a loop
+over calls; the stub has neither signature nor docstring. Tests that run what a function returns judge by what it says.
 
 A test that fails makes the program `wrong`, as does an exception or an exit status. A program that is over a deadline
 (`timeout` per test, `deadline` for all) or 4 s of CPU time is `timeout`; `resource` is one that asks for more than 512
@@ -20,13 +32,14 @@ MiB, 24 threads, files of 8 MiB, 64 open files or 1 MiB of output. These are 0.0
 correct, so the accuracy stays apart.
 
 Isolation is bubblewrap, else namespaces of our own, else Landlock and seccomp, the first that holds against the attacks
-of a self-test (`posttrain doctor sandbox` shows it); `sandbox: none` runs programs without and must be named. Programs
-run as many at a time as there are workers (POSTTRAIN_REWARD_WORKERS). What a program needs to know of the machine is
-not there: no environment, no network, no files but Python's, and no other process.
+of a self-test (`posttrain doctor sandbox` shows it); `sandbox: none` runs programs and asserts without and must be
+named. Programs run as many at a time as there are workers (POSTTRAIN_REWARD_WORKERS). What a program needs to know of
+the machine is not there: no environment, no network, no files but Python's, and no other process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from time import monotonic
@@ -37,10 +50,12 @@ from pydantic import Field, model_validator
 from posttrain.errors import UserError
 from posttrain.rewards import Completion, RewardOptions, Verdict, Verifier, _sandbox, _suites, after_thinking
 from posttrain.rewards._executors import Remote
-from posttrain.rewards._sandbox import Sandbox, Stopped, Tier, Unavailable
+from posttrain.rewards._sandbox import Program, Sandbox, Stopped, Tier, Unavailable
 
 MAX_PROGRAM = 100_000
 """Characters of a program."""
+MAX_CALLS = 10_000
+"""Calls that asserts which are run may make of a function."""
 MARGIN = 0.75
 """Seconds beyond its deadline after which a worker is killed, where it has not stopped the program by itself."""
 
@@ -94,9 +109,9 @@ class Options(RewardOptions):
     deadline: Seconds = 5.0
     """Seconds for all tests of one program; tests in processes of their own may need more of them."""
     tolerance: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Floats may differ from the expected value y by this times max(1, |y|)."""
+    """Floats may differ from the expected value y by this times max(1, |y|), unless asserts are run as they are."""
     partial_credit: Literal["none", "fraction"] = "none"
-    """Reward of a program that fails some test: 0, or the share of tests that it passes."""
+    """Reward of a program that fails some test: 0, or the share of tests that it passes; of asserts that are run, 0."""
     entry_point: bool = False
     """Whether rows name their function in a column `entry_point`, as HumanEval's do."""
     executor: Executor = Field(default_factory=Executor)
@@ -166,13 +181,15 @@ class Reward(Verifier):
                     continue
                 status, reason = problem
                 if failure is None or status != "wrong":
-                    failure = status, f"test {number} of {len(suite.cases)}: {reason}"
+                    failure = status, reason if suite.script else f"test {number} of {len(suite.cases)}: {reason}"
+        except _suites.Unreadable as error:
+            return Verdict(None, "unparseable_gold", program, str(error))
         except Unavailable as error:
             given = self.options.executor.on_error
             return Verdict(given if isinstance(given, float) else None, "verifier_error", program, str(error))
         if failure is None:
             return Verdict(1.0, "ok", program)
-        credit = self.options.partial_credit == "fraction" and failure[0] == "wrong"
+        credit = self.options.partial_credit == "fraction" and failure[0] == "wrong" and not suite.script
         return Verdict(passed / len(suite.cases) if credit else 0.0, failure[0], program, failure[1])
 
     def score(self, completions: Sequence[Completion], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
@@ -202,6 +219,8 @@ class Reward(Verifier):
         """The row's suite and the program, or the verdict where one of them is missing."""
         try:
             suite = _suites.read(row["tests"], row.get("entry_point") if self.options.entry_point else None)
+            if suite.script and self._tier is None:
+                raise _suites.Unreadable(f"{suite.reason}, and asserts are run on this machine only")
         except _suites.Unreadable as error:
             return None, "", Verdict(None, "unparseable_gold", detail=str(error))
         program = extract(completion)
@@ -217,7 +236,7 @@ class Reward(Verifier):
         """A problem or none per test, until one of them ends all."""
         assert self._tier is not None  # noqa: S101 - programs run here
         deadline = monotonic() + self.options.deadline
-        run = self._prints if suite.function is None else self._returns
+        run = self._prints if suite.function is None else self._asserts if suite.script else self._returns
         try:
             return run(_sandbox.shared(self._tier), program, suite, deadline)
         except Unavailable:  # somebody may have killed it
@@ -261,6 +280,52 @@ class Reward(Verifier):
                 if self._is_over(problems) or not running.alive:
                     break
         return problems
+
+    def _asserts(self, sandbox: Sandbox, program: str, suite: _suites.Suite, deadline: float) -> list[_Problem]:
+        """Run the tests in one sandbox and the program in another, and carry calls and results between the two.
+
+        The program begins when the tests have made a call. How they end before that is their own doing; whatever
+        happens later the program may have caused, and answers for it.
+
+        Raises:
+            Unreadable: the tests make no call.
+        """
+        function, options = suite.function, self.options
+        with contextlib.ExitStack() as opened:
+            started = sandbox.start(suite.script, function, b"", options.deadline, deadline, asks=True)
+            tests = opened.enter_context(started)
+            try:
+                call = tests.asked()
+            except Stopped as stopped:
+                raise _suites.Unreadable(f"the tests fail before they call {function}: {stopped}") from None
+            if call is None:
+                raise _suites.Unreadable(f"the tests end without a call of {function}")
+            running = opened.enter_context(sandbox.start(program, function, b"", options.timeout, deadline))
+            try:
+                running.loaded()
+                for _ in range(MAX_CALLS):
+                    running.allow(options.timeout, deadline)
+                    tests.answer(self._found(running, *call))
+                    call = tests.asked()
+                    if call is None:
+                        return [None]
+            except Stopped as stopped:
+                return [(stopped.status, str(stopped))]
+        return [("resource", f"more than {MAX_CALLS} calls")]
+
+    @staticmethod
+    def _found(running: Program, args: list[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a function returns, or why it returns nothing while it may still answer other calls.
+
+        Raises:
+            Stopped: it may not.
+        """
+        try:
+            return running.call(args, kwargs)
+        except Stopped as stopped:
+            if stopped.status != "wrong" or not running.alive:
+                raise
+            return stopped
 
     def _is_over(self, problems: list[_Problem]) -> bool:
         last = problems[-1]

@@ -45,6 +45,16 @@ MARK = f":/nowhere/posttrain-{os.getpid()}"
 PLACES = ("/dev/shm", "/var/tmp", "/tmp")  # noqa: S108
 """Where an attack fills the disk, with files that are called by numbers."""
 DOUBLE = ["assert f(2) == 4", "assert f(7) == 14"]
+ASSERTED = """
+for x in (2, 7):
+    assert f(x) == 2 * x
+    assert abs(f(x / 4) - x / 2) < 1e-9
+try:
+    found = f(None)
+except TypeError:
+    found = 14
+assert found == f(7)
+"""
 PRINTED = [{"input": "2\n", "output": "4"}, {"input": "7\n", "output": "14"}]
 
 
@@ -102,7 +112,7 @@ def judge(verifier: Verifier, program: str, tests: Any, **row: Any) -> Verdict:
         ("def f(*a): return list(a)", ["assert f(1, 2) == (1, 2)"], "wrong"),
         ("def f(x): return {k: set(v) for k, v in x.items()}",
          ["assert f({1: [2, 2], (3,): []}) == {1: {2}, (3,): set()}"], "ok"),
-        ("def f(x): return x", ["assert f(2 ** 100) == 1 << 100"], "unparseable_gold"),
+        ("def f(x): return x", ["assert f(2 ** 100) == 1 << 100"], "ok"),
         ("def f(x): return x", ["assert f(2 ** 100) == 1267650600228229401496703205376"], "ok"),
         ("def f(x): return x", ["assert f(b'a') == b'a'", "assert f(1j) == 1j", "assert f(None) is None"], "ok"),
         ("def f(x): return x", ["assert f(float('inf')) == float('inf')", "assert f(float('nan')) == math.nan"], "ok"),
@@ -133,8 +143,7 @@ def judge(verifier: Verifier, program: str, tests: Any, **row: Any) -> Verdict:
 )  # fmt: skip
 def test_verdicts(verifier: Verifier, program: str, tests: Any, status: str) -> None:
     found = judge(verifier, program, tests)
-    expected = {"ok": 1.0, "unparseable_gold": None}.get(status, 0.0)
-    assert (found.status, found.reward) == (status, expected), found
+    assert (found.status, found.reward) == (status, float(status == "ok")), found
     if status == "ok":
         assert found.answer == program + "\n"
 
@@ -160,16 +169,20 @@ def test_a_human_eval_test_is_taken_apart(best: Tier) -> None:
         ("", "the tests hold no assert"),
         ("[1, 2", "begin like JSON and are none"),
         ("assert f(1) ==", "neither JSON nor Python"),
-        (["assert f(x) == 1"], "line 1 of the tests, `x`: not written out as a value"),
-        (["assert f(1) == 1", "assert f(g(1)) == 1"], "line 2 of the tests, `g(1)`: not written out"),
-        (["assert f(1) == __import__('os').getpid()"], "not written out as a value"),
+        (["assert f(x) == 1"], "line 1 of the tests, `x`: beside f, the tests need what they do not define"),
+        (["for x in xs: assert f(x)"], "line 1 of the tests, `xs`: beside f, the tests need"),
+        (["assert f(1) == 1", "assert f(g(1)) == 1"], "line 2 of the tests, `g`: beside f, the tests need"),
+        (["import numpy as np", "assert f(1)[0]"], "`import numpy as np`: programs have the standard library, and"),
+        (["from . import g", "assert f(g)"], "programs have the standard library, and nothing else"),
+        (["assert f(range(3)) == 3"], "`f(range(3))`: an argument that is no plain data: range"),
+        (["assert eval(f(1)) == 1"], "`eval`: what is run may be what a program returns"),
+        (["assert Solution().f(1) == 1"], "`Solution().f`: no plain data has this attribute"),
+        (["def f(x): return x", "assert f(1)"], "the tests do not call any function that they do not define"),
+        (["assert [] == [print()]"], "the tests do not call any function that they do not define"),
         (["assert f(1) == 10 ** 10 ** 10"], "too large"),
         (["assert f(1) == 'a' * 10 ** 9"], "too large"),
-        (["assert 1 < f(1) < 3"], "a chain of comparisons"),
-        (["assert f(1)[0] == 3"], "no call of a function by its name"),
-        (["for i in range(3): assert f(i) == i"], "only asserts can be turned into calls"),
-        (["import os; os.system('true')"], "only asserts can be turned into calls"),
-        (["assert f(1) == 1 or f(1) == 2"], "no call of a function by its name"),
+        (["import os; os.system('true')"], "the tests do not call any function"),
+        (["def check(a, b): assert a(1)"], "check takes other than one argument"),
         ({"inputs": ["a"], "outputs": []}, "not two lists of one length"),
         ({"fn_name": "f", "inputs": ["a"], "outputs": ["b"]}, "arguments that are no list"),
         ({"fn_name": "f(x)", "inputs": [[1]], "outputs": ["b"]}, "no name of a function"),
@@ -185,6 +198,186 @@ def test_tests_that_cannot_be_taken_apart_are_refused(verifier: Verifier, tests:
         assert reason in found.detail
 
 
+HUMAN_EVAL = """
+import copy
+import random
+
+METADATA = {"about": "the sum of 0 to n"}
+
+
+def _slowly(n):
+    total = 0
+    for each in range(n + 1):
+        total += each
+    return total
+
+
+def check(candidate):
+    '''Sums, and a negative number is refused.'''
+    for n in range(20):
+        assert candidate(n) == _slowly(n), n
+    for _ in range(5):
+        n = random.randint(1, 100)
+        assert abs(candidate(n) - n * (n + 1) / 2) < 1e-6
+    assert candidate(*[3]) == candidate(**{"n": 3}) == candidate(copy.deepcopy(3))
+    try:
+        candidate(-1)
+        assert False, "no exception"
+    except ValueError as error:
+        assert error.args == ("negative", -1)
+"""
+GAUSS = "class Odd(ValueError): pass\ndef g(n):\n    if n < 0: raise Odd('negative', n)\n    return n * (n + 1) // 2"
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "detail"),
+    [
+        (("", ""), "ok", ""),
+        (("n * (n + 1) // 2", "n * (n + 1) / 2"), "ok", ""),  # 3.0 == 3
+        (("n * (n + 1) // 2", "n * (n + 1) / 2 + 1e-9"), "wrong", "AssertionError: 0 (line 18 of the tests)"),
+        (("n * (n + 1) // 2", "190 if n > 19 else n * (n + 1) // 2"), "wrong", "AssertionError: line 21 of the tests"),
+        (("ValueError", "KeyError"), "wrong", "KeyError: ('negative', -1) (line 24 of the tests)"),
+        (("'negative', n", "'negative'"), "wrong", "AssertionError: line 27 of the tests"),
+        (("if n < 0", "if n < -1"), "wrong", "AssertionError: no exception (line 25 of the tests)"),
+        (("g(n)", "g(m)"), "wrong", "NameError: name 'n' is not defined (line 18 of the tests)"),
+        (("def g", "def f"), "wrong", "KeyError: 'g'"),
+        (("return", "return [] if n == 5 else"), "wrong", "AssertionError: 5 (line 18 of the tests)"),
+        (("return", "return str(n) if n > 19 else"), "wrong",
+         "TypeError: unsupported operand type(s) for -: 'str' and 'float' (line 21 of the tests)"),
+    ],
+)  # fmt: skip
+def test_a_human_eval_test_that_is_no_list_of_asserts_runs(
+    best: Tier, change: tuple[str, str], status: str, detail: str
+) -> None:
+    verifier = rewards.load("code", {"sandbox": best, "entry_point": True, "deadline": 10.0})
+    found = judge(verifier, GAUSS.replace(*change), HUMAN_EVAL, entry_point="g")
+    assert (found.status, found.reward, found.detail) == (status, float(status == "ok"), detail)
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "status"),
+    [
+        ("def f(x): return [x, 3]", ["import math", "assert math.isclose(f(0.5)[0], 1 / 2)"], "ok"),
+        ("def f(x): return {x, 3}", ["assert {3} < f(2) < {1, 2, 3}"], "ok"),
+        ("def f(x): return x", ["assert f(1) == 2 or f(2) == 2"], "ok"),
+        ("def f(x): return x", ["assert f(1) == 2 or f(2) == 3"], "wrong"),
+        ("def f(x): return x", ["for v in (None, 1j, b'a', {1: {2}}, (frozenset({3}), [True]), 2**70):",
+                                "    assert f(v) == v and type(f(v)) is type(v)"], "ok"),
+        ("def f(x): return x", ["inf = float('inf')", "for v in (inf, -inf): assert f(v) == v", "v = f(inf - inf)",
+                                "assert v != v"], "ok"),
+        ("def f(x): return x", ["from collections import *", "import enum", "class E(enum.IntEnum): A = 3",
+                                "P = namedtuple('P', 'a b')", "found = f([Counter('aab'), P(1, 2), E.A])",
+                                "assert found == [{'a': 2, 'b': 1}, (1, 2), 3] and type(found[1]) is tuple"],
+         "unparseable_gold"),  # with *, f is not the only name that may be under test
+        ("def f(x): return x", ["from collections import Counter, namedtuple", "P = namedtuple('P', 'a b')",
+                                "found = f([Counter('aab'), P(1, 2)])",
+                                "assert found == [{'a': 2, 'b': 1}, (1, 2)] and type(found[1]) is tuple"], "ok"),
+        # What is done to an argument in place, and to a result later, is not seen.
+        ("def f(x): x.append(1)", ["a = [0]", "f(a)", "assert a == [0]"], "ok"),
+        ("r = []\ndef f(x): r.append(x); return r", ["a = f(1)", "b = f(2)", "assert a == [1] and b == [1, 2]"], "ok"),
+        ("n = 0\ndef f():\n    global n\n    n += 1\n    return n", ["assert [f(), f(), f()] == [1, 2, 3]"], "ok"),
+        ("class Solution:\n    def f(self, x): return 2 * x", ["for x in (1, 2): assert f(x) == 2 * x"], "ok"),
+        ("def f(x): yield x", ["assert list(f(1)) == [1] and f(1)"], "wrong"),
+        ("def f(x): return print", ["assert f(1) or True"], "wrong"),
+        ("class C: pass\ndef f(x): return C()", ["try: f(1)", "except TypeError as e: assert str(e)[-1] == 'C'"], "ok"),
+        ("import json\ndef f(x): return json.loads(x)", ["try: f('[')", "except ValueError: pass"], "ok"),
+        ("def f(x): return x.decode()", ["try: f(b'\\xff')", "except UnicodeDecodeError as e: assert e.end"], "ok"),
+        ("def f(x): return {}[x]", ["try: f('a')", "except LookupError as e: assert str(e) == repr('a')"], "ok"),
+        ("def f(x): return open('/no/x')", ["try: f(1)", "except FileNotFoundError as e: assert e.errno == 2"], "ok"),
+        ("import sys\ndef f(x): sys.exit(3)", ["try: f(1)", "except SystemExit as e: assert e.code == 3"], "ok"),
+        ("import sys\ndef f(x): sys.exit()", ["f(1)[0]"], "wrong"),
+        ("def f(x): raise KeyboardInterrupt", ["for x in (1, 2): assert f(x) == x"], "wrong"),
+        ("def f(x): raise StopIteration", ["for y in map(f, [1, 2]): assert y == 3"], "wrong"),
+        ("def f(x): return 'x' * x", ["assert sorted(f(3), key=int) == []", "def g(): pass"], "wrong"),
+        ("def f(x): return [1]", ["for x in (1, 2):", "    y, z = f(x)"], "wrong"),
+        ("def f(x): return x", ["for x in (1, int): assert f(x) == x"], "wrong"),  # its own fault, too late
+        ("def f(x): return x", ["for x in (int, 1): assert f(x) == x"], "unparseable_gold"),
+        ("def f(x): return x", ["x = 1 / 0", "assert f(x) == 1 or x"], "unparseable_gold"),
+        ("def f(x): return x", ["x = [0] * 10**10", "assert f(1) == 1 or x"], "unparseable_gold"),
+        ("def f(x): return x", ["if len('') > 0:", "    assert f(1) == 1"], "unparseable_gold"),
+        ("def f(x): return x", ["def check(candidate):", "    return", "def g(): assert f(1)"], "unparseable_gold"),
+        ("def f(x", ["x = 1 / 0", "assert f(x) == 1 or x"], "unparseable_gold"),
+        ("def f(x): return x", ["assert f(bytes(5 * 10**6)) == 1"], "unparseable_gold"),  # too large to be sent
+        # An alarm of the tests: the answer that comes too late is not taken for that of the next call.
+        ("import time\ndef f(x): return time.sleep(x) or x",
+         ["import signal", "def late(*_): raise TimeoutError", "signal.signal(signal.SIGALRM, late)",
+          "signal.setitimer(signal.ITIMER_REAL, 0.2)", "try: f(1)", "except TimeoutError: assert f(0) == 1"], "wrong"),
+        ("def f(x): return x", ["while f(1): pass"], "resource"),
+        ("def f(x): return 2**40", ["bytearray(f(1))", "assert 1"], "resource"),
+        ("def f(x): return 'x' * 2**19", ["for _ in range(5): print(f(1))"], "resource"),
+        ("def f(x): return 2 * x", ["import unittest", "class T(unittest.TestCase):", "    def test(self):",
+                                    "        self.assertEqual(f(2), 4)", "unittest.main()"], "ok"),
+        ("def f(x): return 3 * x", ["import unittest", "class T(unittest.TestCase):", "    def test(self):",
+                                    "        self.assertEqual(f(2), 4)", "unittest.main()"], "wrong"),
+    ],
+)  # fmt: skip
+def test_asserts_that_run(verifier: Verifier, program: str, tests: list[str], status: str) -> None:
+    found = judge(verifier, program, tests, entry_point="f")
+    expected = {"ok": 1.0, "unparseable_gold": None}.get(status, 0.0)
+    assert (found.status, found.reward) == (status, expected), found
+
+
+def test_asserts_that_run_have_one_verdict(best: Tier) -> None:
+    """Random inputs are the same for each program, and half a right program gets no credit."""
+    verifier = rewards.load("code", {"sandbox": best, "partial_credit": "fraction", "deadline": 10.0})
+    tests = "import random\nassert f(1) == 2\nx = random.random()\nassert f(x) == 2 * x, x"
+    half = verifier.score([fence("def f(x): return 2")] * 3, [{"tests": tests}] * 3)
+    assert {(verdict.status, verdict.reward) for verdict in half} == {("wrong", 0.0)}
+    assert len({verdict.detail for verdict in half}) == 1
+
+
+@pytest.mark.parametrize("hangs", ["tests", "program"])
+def test_asserts_that_run_have_a_deadline(best: Tier, hangs: str) -> None:
+    verifier = rewards.load("code", {"sandbox": best, "timeout": 1.0, "deadline": 2.0})
+    program = f"import time\ndef f(x): return x or time.sleep({60 * (hangs == 'program')}) {LATE}"
+    tests = ["import time", "for x in (1, 0): y = f(x)", f"time.sleep({60 * (hangs == 'tests')})"]
+    found = judge(verifier, program, tests)
+    assert (found.status, found.reward, found.seconds < SOON) == ("timeout", 0.0, True)
+    found = judge(verifier, program, ["import time", "time.sleep(60)", *tests])
+    assert (found.status, found.reward, found.seconds < SOON) == ("unparseable_gold", None, True)
+
+
+def test_no_program_sees_the_asserts(best: Tier) -> None:
+    """Nor later inputs. The words that it looks for are not in its own text."""
+    curious = (
+        "import gc, sys\ndef f(x):\n"
+        "    texts = repr([o for o in gc.get_objects() if isinstance(o, (list, dict, tuple))])\n"
+        "    frame, files = sys._getframe(), []\n"
+        "    while frame:\n        files.append(frame.f_code.co_filename)\n        frame = frame.f_back\n"
+        "    words = [''.join(reversed(word)) for word in ('yrawossac', 'nilognap', '(f tressa', ',1( ni x rof')]\n"
+        "    return [word in texts for word in words], 'tests' in files"
+    )
+    tests = "for x in (1, 'pangolin'): assert f(x) == ([False, x != 1, False, False], False), 'cassowary'"
+    verifier = rewards.load("code", {"sandbox": best, "deadline": 10.0})
+    assert judge(verifier, curious, tests).status == "ok"
+
+
+def test_exceptions_keep_their_built_in_class() -> None:
+    class Odd(UnicodeError):
+        pass
+
+    class Sly(Exception):
+        def __str__(self) -> str:
+            raise SystemExit
+
+    for error, kind, args in (
+        (ValueError("a", 1), ValueError, ("a", 1)),
+        (Odd("b"), UnicodeError, ("b",)),
+        (UnicodeDecodeError("ascii", b"x", 0, 1, "why"), UnicodeDecodeError, ("ascii", b"x", 0, 1, "why")),
+        (ValueError(object), ValueError, (str(object),)),
+        (ValueError("x" * 20_000), ValueError, ("x" * 300,)),
+        (Sly(object), Exception, ("",)),
+        (type("exit", (KeyError,), {})(1), KeyError, (1,)),
+        (ExceptionGroup("c", [ValueError(1)]), Exception, ("c (1 sub-exception)",)),
+        (StopIteration(3), RuntimeError, ("the function raised StopIteration",)),
+    ):
+        name, held = _runner.raised(error)
+        back = _runner.exception(name, _runner.decode(json.loads(json.dumps(held))))
+        assert (type(back), back.args) == (kind, args)
+    for forged in ("print", "exit", "nothing", "__import__", "x" * 1000, ""):
+        assert type(_runner.exception(forged, [1])) is Exception
+
+
 def test_bad_rows_are_refused_when_data_is_loaded(verifier: Verifier, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     options = {"train": str(path), "fields": {"text": "prompt", "test_list": "tests", "code": "solution"}}
@@ -196,6 +389,14 @@ def test_bad_rows_are_refused_when_data_is_loaded(verifier: Verifier, tmp_path: 
     for changed, reason in (
         ({"code": "def f(x): return x + 2"}, r"line 1: the gold answer .* scores 0\.0 .* \(wrong: test 2 of 2: it ret"),
         ({"code": None, "test_list": ["assert f(g(1))"]}, r"line 1: the reward 'code' cannot judge .*line 1 of the t"),
+        (
+            {"test_list": ["for x in (1, 2): assert f(x) == 3 * x"]},
+            r"scores 0\.0 .* \(wrong: AssertionError: line 1 of",
+        ),
+        (
+            {"test_list": ["x = 1 / 0", "assert f(x) or x"]},
+            r"scores None .* \(unparseable_gold: the tests fail before they",
+        ),
     ):
         path.write_text(json.dumps(row | changed))
         with pytest.raises(UserError, match=reason):
@@ -439,7 +640,7 @@ def test_attacks_cost_themselves_and_nobody_else(tier: Tier, watched: Watched) -
     for name, kind, statuses, program in corpus:
         program += f"\n{LATE}\n" if "timeout" in statuses else ""
         completions += [fence(program), fence("def f(x): return 2 * x")]
-        rows += [{"tests": DOUBLE if kind == "call" else PRINTED}, {"tests": DOUBLE}]
+        rows += [{"tests": {"call": DOUBLE, "stdin": PRINTED, "asserts": ASSERTED}[kind]}, {"tests": DOUBLE}]
         expected += [(name, statuses), (f"neighbour of {name}", ["ok"])]
     found = verifier.score(completions, rows)
     wrong = [
@@ -630,6 +831,8 @@ def test_none_runs_programs_within_limits() -> None:
     programs = ["def f(x): return 2 * x", "def f(x): return 3 * x", "def f(x): return len(bytearray(2**40))"]
     found = verifier.score([fence(program) for program in programs], [{"tests": DOUBLE}] * 3)
     assert [verdict.status for verdict in found] == ["ok", "wrong", "resource"]
+    found = verifier.score([fence(program) for program in programs[:2]], [{"tests": ASSERTED}] * 2)
+    assert [verdict.status for verdict in found] == ["ok", "wrong"]
 
 
 def test_the_first_sandbox_that_holds_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -882,6 +1085,9 @@ def test_an_executor_judges_as_the_sandbox_does(executor: str, kind: str) -> Non
     assert [verdict.status for verdict in found] == [each[2] for each in programs], found
     asked = json.dumps(Executor.asked)
     assert "secret input" in asked and "SECRET INPUT" not in asked
+    unasked = judge(verifier, "def f(x): return 2 * x", ASSERTED)
+    assert (unasked.status, unasked.reward) == ("unparseable_gold", None)
+    assert unasked.detail.endswith("only asserts can be turned into calls, and asserts are run on this machine only")
     slow = remote(kind, executor + "/right", timeout=0.7)
     assert judge(slow, "while True: pass", PRINTED).status == "timeout"
     assert judge(slow, "def f(x):\n    while True: pass", DOUBLE).status == "timeout"
