@@ -26,12 +26,13 @@ lint: install ## ruff, mypy --strict and the import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: install ## training steps against TRL, vocabulary divergences against plain ones, engines against vLLM
+bench: install ## steps, preferences, teachers and rewards against TRL, engines against vLLM, programs per sandbox
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.preference
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.teacher
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engines
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rewards
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.sandbox
 
 rehearse: ## the lines of docker/Dockerfile.cpu without a Docker engine (as root, with debootstrap)
 	docker/rehearse.py

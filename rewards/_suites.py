@@ -257,14 +257,23 @@ class _Asserts:
 
     def read(self, module: ast.Module) -> Suite:
         checks = [node for node in module.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
-        body: list[ast.stmt] = [node for node in module.body if node not in checks]
+        body: list[ast.stmt] = []
+        for node in module.body:
+            match node:
+                case ast.Expr(ast.Call(func=ast.Name(id="check"), args=[ast.Name(id=name)], keywords=[])) if checks:
+                    self._function = self._function or name
+                case _ if node not in checks:
+                    body.append(node)
         for check in checks:
             if len(check.args.args) != 1:
                 raise Unreadable(_where(check, "check takes other than one argument"))
             self._candidate = check.args.args[0].arg
             body += check.body
         if checks and self._function is None:
-            raise Unreadable("check(candidate) does not say which function it tests: give the column entry_point")
+            raise Unreadable(
+                "check(candidate) does not say which function it tests: call it at the end of the tests, or name the "
+                "function in a column entry_point and set the option of that name"
+            )
         for node in body:
             self._statement(node)
         if not self._cases or self._function is None:

@@ -157,8 +157,10 @@ def test_a_human_eval_test_is_taken_apart(best: Tier) -> None:
     )
     assert judge(verifier, "def g(x): return bool(x)", tests, entry_point="g").status == "ok"
     assert judge(verifier, "def f(x): return bool(x)", tests, entry_point="g").status == "wrong"
-    found = judge(rewards.load("code", {"sandbox": best}), "def g(x): return True", tests)
-    assert found.status == "unparseable_gold" and "give the column entry_point" in found.detail
+    unnamed = rewards.load("code", {"sandbox": best})
+    assert judge(unnamed, "def g(x): return bool(x)", tests).status == "ok"  # the last line names it
+    found = judge(unnamed, "def g(x): return bool(x)", tests.replace("check(g)", ""))
+    assert found.status == "unparseable_gold" and "name the function in a column entry_point" in found.detail
 
 
 @pytest.mark.parametrize(
