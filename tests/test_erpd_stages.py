@@ -19,6 +19,7 @@ from posttrain.objectives.signals import SIGNALS
 from posttrain.rollouts.static import Logps, Signals, Validation
 from posttrain.seams.callbacks import StopOnInterrupt
 from posttrain.stages import Scored, StagedRecipe
+from tests.small import BEGINNING, WARM_START
 
 ARGS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
@@ -34,19 +35,9 @@ def erpd(**args: Any) -> dict[str, Any]:
 
 
 SMALL: dict[str, Any] = {
-    "name": "small",
-    "model": {
-        "warm_start": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "heads": 2,
-            "steps": 200,
-            "batch_size": 64,
-            "learning_rate": 1e-2,
-        }
-    },
+    **BEGINNING,
+    "model": {"warm_start": {**WARM_START, "steps": 200}},
     "task": {"name": "countdown", "options": {"rows": 100, "eval_share": 0.2}},
-    "rollout": {"max_tokens": 8, "batch_size": 64},
     "presample": {"samples_per_prompt": 8, "top_p": 1.0},
     "evaluation": {"prompts": 4, "n": 4, "k": [1], "resamples": 10},
     "validation": {"prompts": 40},

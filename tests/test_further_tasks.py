@@ -22,19 +22,13 @@ from posttrain.launch.warm_start import _demonstrations, alphabet_of, demonstrat
 from posttrain.launch.workers import Workers
 from posttrain.recipe import WarmStart
 from posttrain.rollouts.transformers_engine import TransformersEngine
+from tests.small import BEGINNING, WARM_START
 
 SUMS: dict[str, Any] = {"name": "arithmetic", "options": {"max_operand": 20, "rows": 60, "eval_share": 0.4}}
 TASK = "evaluation.further.sums.task"
 SMALL: dict[str, Any] = {
-    "name": "small",
-    "model": {
-        "warm_start": {
-            "hidden_size": 32, "intermediate_size": 64, "heads": 2, "steps": 60, "batch_size": 64,
-            "learning_rate": 1e-2, "also": [SUMS],
-        }
-    },
-    "task": {"name": "countdown", "options": {"rows": 24, "eval_share": 0.4}},
-    "rollout": {"max_tokens": 8, "batch_size": 64},
+    **BEGINNING,
+    "model": {"warm_start": {**WARM_START, "steps": 60, "also": [SUMS]}},
     "evaluation": {
         "prompts": 8, "n": 8, "k": [1, 4], "resamples": 100, "divergence": {},
         "further": {"sums": {"task": SUMS, "prompts": 6, "n": 4, "k": [1, 2], "max_tokens": 4}},

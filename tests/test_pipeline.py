@@ -19,21 +19,10 @@ from posttrain.launch import pipeline
 from posttrain.launch.warm_start import warm_start
 from posttrain.rollouts.store import Store
 from tests.patience import eventually
+from tests.small import BEGINNING
 
 SMALL: dict[str, Any] = {
-    "name": "small",
-    "model": {
-        "warm_start": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "heads": 2,
-            "steps": 250,
-            "batch_size": 64,
-            "learning_rate": 1e-2,
-        }
-    },
-    "task": {"name": "countdown", "options": {"rows": 24, "eval_share": 0.4}},
-    "rollout": {"max_tokens": 8, "batch_size": 64},
+    **BEGINNING,
     "presample": {"samples_per_prompt": 4, "pef_threshold": 2, "stored_per_prompt": 1},
     "evaluation": {"prompts": 8, "n": 8, "k": [1, 4], "resamples": 100},
     "method": {

@@ -22,21 +22,10 @@ from posttrain.launch import pipeline
 from posttrain.rollouts.pairs import PairSet
 from tests.patience import eventually
 from tests.processes import finish
+from tests.small import BEGINNING
 
 SMALL: dict[str, Any] = {
-    "name": "small",
-    "model": {
-        "warm_start": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "heads": 2,
-            "steps": 250,
-            "batch_size": 64,
-            "learning_rate": 1e-2,
-        }
-    },
-    "task": {"name": "countdown", "options": {"rows": 24, "eval_share": 0.4}},
-    "rollout": {"max_tokens": 8, "batch_size": 64},
+    **BEGINNING,
     "presample": {"samples_per_prompt": 8},
     "evaluation": {
         "prompts": 8,

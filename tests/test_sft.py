@@ -30,6 +30,7 @@ from posttrain.rollouts.tokens import encode
 from posttrain.seams.callbacks import StopOnInterrupt
 from posttrain.tasks import Row
 from posttrain.trainers.sft import VerifiedSFTConfig, VerifiedSFTTrainer
+from tests import small
 from tests.processes import finish
 from tests.test_pairs import Answer, rows_of, write_store
 
@@ -304,14 +305,7 @@ def test_settings_without_effect_are_refused(tmp_path: Path, changes: dict[str, 
 
 # ------------------------------------------------------------------ whole runs
 
-WARM_START: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "heads": 2,
-    "steps": 150,
-    "batch_size": 64,
-    "learning_rate": 1e-2,
-}
+WARM_START = {**small.WARM_START, "steps": 150}
 ON_POLICY: dict[str, Any] = {
     "num_generations": 4,
     "per_device_train_batch_size": 8,
@@ -322,10 +316,8 @@ ON_POLICY: dict[str, Any] = {
     "report_to": [],
 }
 SMALL: dict[str, Any] = {
-    "name": "small",
+    **small.BEGINNING,
     "model": {"warm_start": WARM_START},
-    "task": {"name": "countdown", "options": {"rows": 24, "eval_share": 0.4}},
-    "rollout": {"max_tokens": 8, "batch_size": 64},
     "presample": {"samples_per_prompt": 6},
     "evaluation": {"prompts": 4, "n": 4, "k": [1, 2], "resamples": 50},
     "method": {"name": "grpo", "prompts_per_step": 2, "args": ON_POLICY},

@@ -29,6 +29,7 @@ from posttrain.rollouts.store import prompt_id
 from posttrain.seams.callbacks import StopOnInterrupt
 from posttrain.stages import StagedRecipe, Validation
 from tests.processes import finish
+from tests.small import BEGINNING
 
 ARGS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
@@ -40,19 +41,7 @@ ARGS: dict[str, Any] = {
 }
 
 SMALL: dict[str, Any] = {
-    "name": "small",
-    "model": {
-        "warm_start": {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "heads": 2,
-            "steps": 250,
-            "batch_size": 64,
-            "learning_rate": 1e-2,
-        }
-    },
-    "task": {"name": "countdown", "options": {"rows": 24, "eval_share": 0.4}},
-    "rollout": {"max_tokens": 8, "batch_size": 64},
+    **BEGINNING,
     "presample": {"samples_per_prompt": 8, "pef_threshold": 2},
     "evaluation": {"prompts": 4, "n": 4, "k": [1], "resamples": 10},
     "stages": {

@@ -13,15 +13,9 @@ from posttrain import recipe as recipes
 from posttrain.errors import UserError
 from posttrain.evaluation import evaluate
 from posttrain.launch import pipeline
+from tests import small
 
-WARM_START: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "heads": 2,
-    "steps": 150,
-    "batch_size": 64,
-    "learning_rate": 1e-2,
-}
+WARM_START = {**small.WARM_START, "steps": 150}
 ARGS: dict[str, Any] = {
     "num_generations": 4,
     "per_device_train_batch_size": 8,
@@ -31,10 +25,8 @@ ARGS: dict[str, Any] = {
     "report_to": [],
 }
 SMALL: dict[str, Any] = {
-    "name": "small",
+    **small.BEGINNING,
     "model": {"warm_start": WARM_START},
-    "task": {"name": "countdown", "options": {"rows": 24, "eval_share": 0.4}},
-    "rollout": {"max_tokens": 8, "batch_size": 64},
     "evaluation": {"prompts": 4, "n": 4, "k": [1, 2], "resamples": 50},
     "method": {"name": "kdrl", "prompts_per_step": 2, "args": {**ARGS, "kd_coef": 0.5}},
     "teacher": {

@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from posttrain.tasks import Row, Split, TaskOptions
-from posttrain.tasks._characters import CharacterTask, divide
+from posttrain.tasks import Row, TaskOptions
+from posttrain.tasks._characters import CharacterTask
 
 
 class Options(TaskOptions):
@@ -41,9 +40,7 @@ class Task(CharacterTask):
     """Sums, differences and products of two-digit numbers."""
 
     name = "arithmetic"
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    options: Options
 
     @property
     def verifier(self) -> tuple[str, dict[str, Any]]:
@@ -54,14 +51,13 @@ class Task(CharacterTask):
         """Uniformly random rows, each with its answer."""
         return [(row, row["answer"]) for row in random.Random(seed).choices(rows, k=count)]
 
-    @cached_property
-    def _splits(self) -> dict[Split, list[Row]]:
+    def _drawn(self) -> Iterator[tuple[str, Row]]:
         options = self.options
         operands = range(10, options.max_operand + 1)
         problems = [(a, sign, b) for sign in sorted(options.operations) for a in operands for b in operands]
         random.Random(options.seed).shuffle(problems)
-        rows = (_row(*problem) for problem in problems)
-        return divide(self.name, rows, options.rows, options.eval_share, identity=_identity)
+        for problem in problems:
+            yield _identity(*problem), _row(*problem)
 
 
 def _row(a: int, sign: str, b: int) -> Row:
@@ -73,10 +69,7 @@ def _row(a: int, sign: str, b: int) -> Row:
     }
 
 
-def _identity(row: Row) -> str:
-    """The key, with the operands of a commutative operation in order (two digits each, so text sorts as numbers)."""
-    expression = str(row["key"]).partition(":")[2]
-    first, sign, second = expression[:2], expression[2], expression[3:]
-    if sign != "-":
-        first, second = sorted((first, second))
+def _identity(a: int, sign: str, b: int) -> str:
+    """The key, with the operands of a commutative operation in order."""
+    first, second = (a, b) if sign == "-" else sorted((a, b))
     return f"arithmetic:{first}{sign}{second}"

@@ -14,14 +14,13 @@ A sum or product and the same one in the other order fall in the same split.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from posttrain.tasks import BaseTask, Row, Split, TaskOptions
-from posttrain.tasks._characters import ALPHABET, CHAT_TEMPLATE, divide
+from posttrain.tasks import Row, TaskOptions
+from posttrain.tasks._characters import ALPHABET, CharacterTask
 
 LABELS = "ABCD"
 _SIGNS = {"+": "+", "-": "−", "*": "×"}
@@ -50,50 +49,33 @@ class Options(TaskOptions):
         return operations
 
 
-class Task(BaseTask):
+class Task(CharacterTask):
     """Arithmetic on two-digit numbers with four choices."""
 
     name = "choice"
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    options: Options
 
     @property
     def verifier(self) -> tuple[str, dict[str, Any]]:
         """The reward `choice`, with its defaults."""
         return "choice", {}
 
-    def rows(self, split: Split) -> list[Row]:
-        """The questions of a split, in drawn order.
-
-        Raises:
-            UserError: fewer questions exist than `rows` asks for.
-        """
-        return list(self._splits[split])
-
     def demonstrations(self, rows: Sequence[Row], count: int, *, seed: int) -> list[tuple[Row, str]]:
         """Uniformly random rows, each with its answer: the label, in English after the result."""
-        chosen = random.Random(seed).choices(rows, k=count)
-        return [(row, self._answer(row)) for row in chosen]
+        return [(row, self._answer(row)) for row in random.Random(seed).choices(rows, k=count)]
 
     @property
     def alphabet(self) -> str | None:
         """Digits, operators, labels and signs of the form `symbols`; unbounded in `words`."""
         return ALPHABET + LABELS + ":;" if self.options.form == "symbols" else None
 
-    @property
-    def chat_template(self) -> str | None:
-        """`^{prompt}?{answer}{eos}` in the form `symbols`."""
-        return CHAT_TEMPLATE if self.options.form == "symbols" else None
-
-    @cached_property
-    def _splits(self) -> dict[Split, list[Row]]:
+    def _drawn(self) -> Iterator[tuple[str, Row]]:
         options = self.options
         operands = range(11, options.max_operand + 1)
         questions = [(a, sign, b) for sign in sorted(options.operations) for a in operands for b in operands]
         random.Random(options.seed).shuffle(questions)
-        rows = (self._row(*question) for question in questions)
-        return divide(self.name, rows, options.rows, options.eval_share, identity=_identity)
+        for question in questions:
+            yield _identity(*question), self._row(*question)
 
     def _row(self, a: int, sign: str, b: int) -> Row:
         key = f"choice:{a}{sign}{b}"
@@ -170,10 +152,7 @@ def _result(a: int, sign: str, b: int) -> int:
     return {"+": a + b, "-": a - b, "*": a * b}[sign]
 
 
-def _identity(row: Row) -> str:
-    """The key, with the operands of a commutative operation in order (two digits each, so text sorts as numbers)."""
-    expression = str(row["key"]).partition(":")[2]
-    first, sign, second = expression[:2], expression[2], expression[3:]
-    if sign != "-":
-        first, second = sorted((first, second))
+def _identity(a: int, sign: str, b: int) -> str:
+    """The key, with the operands of a commutative operation in order."""
+    first, second = (a, b) if sign == "-" else sorted((a, b))
     return f"choice:{first}{sign}{second}"

@@ -25,13 +25,12 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from posttrain.tasks import BaseTask, Row, Split, TaskOptions
-from posttrain.tasks._characters import divide
+from posttrain.tasks import Row, TaskOptions
+from posttrain.tasks._drawn import DrawnTask
 
 Kind = Literal["number", "list", "text"]
 
@@ -80,45 +79,23 @@ class Step:
     does: Callable[[Any], Any]
 
 
-class Task(BaseTask):
+class Task(DrawnTask):
     """Functions of one to six steps."""
 
     name = "code"
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    options: Options
 
     @property
     def verifier(self) -> tuple[str, dict[str, Any]]:
         """The reward `code`, with `verifier_options`."""
         return "code", dict(self.options.verifier_options)
 
-    def rows(self, split: Split) -> list[Row]:
-        """The functions of a split, in drawn order.
-
-        Raises:
-            UserError: fewer functions exist than `rows` asks for.
-        """
-        return list(self._splits[split])
-
     def demonstrations(self, rows: Sequence[Row], count: int, *, seed: int) -> list[tuple[Row, str]]:
         """Uniformly random rows, each with its program."""
         return [(row, f"```python\n{row['solution']}```") for row in random.Random(seed).choices(rows, k=count)]
 
-    @cached_property
-    def _splits(self) -> dict[Split, list[Row]]:
-        options = self.options
-        functions: dict[str, str] = {}
-        return divide(
-            self.name,
-            self._drawn(functions),
-            options.rows,
-            options.eval_share,
-            identity=lambda row: functions[row["key"]],
-        )
-
-    def _drawn(self, functions: dict[str, str]) -> Iterator[Row]:
-        """Distinct rows, until they are exhausted; what their functions do is entered under their keys."""
+    def _drawn(self) -> Iterator[tuple[str, Row]]:
+        """Distinct rows, until they are exhausted, each behind what its function does."""
         draw = random.Random(self.options.seed)
         seen: set[str] = set()
         dry = 0
@@ -133,8 +110,7 @@ class Task(BaseTask):
                 continue
             seen.add(key)
             dry = 0
-            functions[key] = _behaviour(steps)
-            yield self._row(key, steps, found)
+            yield _behaviour(steps), self._row(key, steps, found)
 
     def _inputs(self, steps: Sequence[Step], draw: random.Random) -> list[Any] | None:
         """Distinct inputs, first those of the tests; None where no few of them need every step."""

@@ -14,14 +14,15 @@ solutions tend to come first, and a smaller `rows` is a prefix of a larger one.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from posttrain.tasks import Row, Split, TaskOptions
-from posttrain.tasks._characters import ALPHABET, CharacterTask, divide
+from posttrain.tasks._characters import ALPHABET, CharacterTask
+from posttrain.tasks._drawn import divide
 
 SEPARATOR = ","
 """Between attempts; no character of `ALPHABET`, all of which prompts and expressions use already."""
@@ -62,9 +63,7 @@ class Task(CharacterTask):
     """Countdown with 3 or 4 digits."""
 
     name = "countdown"
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    options: Options
 
     @property
     def verifier(self) -> tuple[str, dict[str, Any]]:
@@ -98,15 +97,19 @@ class Task(CharacterTask):
 
     @cached_property
     def _splits(self) -> dict[Split, list[Row]]:
-        solutions, options = self._solutions, self.options
-        draw = random.Random(options.seed)
+        options = self.options
+        wanted = 4000 if options.rows is None and options.numbers == 4 else options.rows
+        return divide(self.name, self._drawn(), wanted, options.eval_share)
+
+    def _drawn(self) -> Iterator[tuple[str, Row]]:
+        solutions, draw = self._solutions, random.Random(self.options.seed)
         # Waiting times at rates equal to the numbers of solutions: their order is that of first hits by expressions.
         drawn = sorted(solutions, key=lambda prompt: draw.expovariate(len(solutions[prompt])))
-        wanted = 4000 if options.rows is None and options.numbers == 4 else options.rows
-        rows = (_row(prompt, solutions[prompt]) for prompt in drawn)
-        if options.attempts:  # in the rows, because by their fingerprint warm starts are told apart
-            rows = ({**row, "attempts": options.attempts} for row in rows)
-        return divide(self.name, rows, wanted, options.eval_share, identity=lambda row: str(row["key"]))
+        for prompt in drawn:
+            row = _row(prompt, solutions[prompt])
+            if self.options.attempts:  # in the rows, because by their fingerprint warm starts are told apart
+                row["attempts"] = self.options.attempts
+            yield row["key"], row
 
 
 def _wrong(numbers: Sequence[int], solutions: Sequence[str], draw: random.Random) -> str:

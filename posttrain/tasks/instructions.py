@@ -19,14 +19,13 @@ import json
 import random
 import string
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from posttrain import rewards
-from posttrain.tasks import BaseTask, Row, Split, TaskOptions
-from posttrain.tasks._characters import CHAT_TEMPLATE, divide
+from posttrain.tasks import Row, TaskOptions
+from posttrain.tasks._characters import CharacterTask
 
 ALPHABET = string.ascii_letters + string.digits + " .,:!\"'*<>[]()-\n^?"
 
@@ -87,26 +86,16 @@ class Options(TaskOptions):
         return self
 
 
-class Task(BaseTask):
+class Task(CharacterTask):
     """Texts under verifiable constraints."""
 
     name = "instructions"
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    options: Options
 
     @property
     def verifier(self) -> tuple[str, dict[str, Any]]:
         """The reward `instructions`, with its defaults."""
         return "instructions", {}
-
-    def rows(self, split: Split) -> list[Row]:
-        """The prompts of a split, in drawn order.
-
-        Raises:
-            UserError: fewer prompts were found than `rows` asks for.
-        """
-        return list(self._splits[split])
 
     def demonstrations(self, rows: Sequence[Row], count: int, *, seed: int) -> list[tuple[Row, str]]:
         """Uniformly random rows, each with its solution."""
@@ -117,18 +106,7 @@ class Task(BaseTask):
         """Letters, digits, white space and the signs that occur."""
         return ALPHABET
 
-    @property
-    def chat_template(self) -> str:
-        """`^{prompt}?{answer}{eos}`, of a model that is made for this task."""
-        return CHAT_TEMPLATE
-
-    @cached_property
-    def _splits(self) -> dict[Split, list[Row]]:
-        options = self.options
-        return divide(self.name, self._drawn(), options.rows, options.eval_share, identity=lambda row: str(row["key"]))
-
-    def _drawn(self) -> Iterator[Row]:
-        """Distinct rows."""
+    def _drawn(self) -> Iterator[tuple[str, Row]]:
         options = self.options
         draw = random.Random(options.seed)
         keys: set[str] = set()
@@ -146,13 +124,14 @@ class Task(BaseTask):
                 continue
             misses = 0
             keys.add(key)
-            yield {
+            row = {
                 "prompt": [{"role": "user", "content": _prompt(subject, asked)}],
                 "key": key,
                 "instruction_id_list": names,
                 "kwargs": given,
                 "solution": solve(asked, random.Random(f"{options.seed} {key}")),
             }
+            yield key, row
 
 
 def solve(asked: Sequence[_Ask], draw: random.Random) -> str:

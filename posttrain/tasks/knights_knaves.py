@@ -21,14 +21,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from posttrain.rewards.knights_knaves import in_words
-from posttrain.tasks import BaseTask, Row, Split, TaskOptions
-from posttrain.tasks._characters import CHAT_TEMPLATE, divide
+from posttrain.tasks import Row, TaskOptions
+from posttrain.tasks._characters import CharacterTask
 
 LETTERS = "ABCDEFGH"
 ALPHABET = LETTERS + "KN012345678!&|>=#:;^?"
@@ -84,26 +84,16 @@ class Options(TaskOptions):
         return self
 
 
-class Task(BaseTask):
+class Task(CharacterTask):
     """Knights and knaves with 2 to 8 people."""
 
     name = "knights_knaves"
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    options: Options
 
     @property
     def verifier(self) -> tuple[str, dict[str, Any]]:
         """The reward `knights_knaves`, in the form of the prompts."""
         return "knights_knaves", {"form": self.options.form}
-
-    def rows(self, split: Split) -> list[Row]:
-        """The puzzles of a split, in drawn order.
-
-        Raises:
-            UserError: fewer puzzles exist than `rows` asks for.
-        """
-        return list(self._splits[split])
 
     def demonstrations(self, rows: Sequence[Row], count: int, *, seed: int) -> list[tuple[Row, str]]:
         """Uniformly random rows, each with its solution."""
@@ -115,34 +105,20 @@ class Task(BaseTask):
         """The letters of people and kinds, digits and signs of the form `symbols`; unbounded in `words`."""
         return ALPHABET if self.options.form == "symbols" else None
 
-    @property
-    def chat_template(self) -> str | None:
-        """`^{prompt}?{answer}{eos}` in the form `symbols`."""
-        return CHAT_TEMPLATE if self.options.form == "symbols" else None
-
-    @cached_property
-    def _splits(self) -> dict[Split, list[Row]]:
-        options = self.options
-        puzzles: dict[str, Puzzle] = {}
-
-        def identity(row: Row) -> str:
-            return f"knights_knaves:{canonical(puzzles[row['key']])}"
-
-        return divide(self.name, self._drawn(puzzles), options.rows, options.eval_share, identity=identity)
-
-    def _drawn(self, puzzles: dict[str, Puzzle]) -> Iterator[Row]:
-        """Distinct rows, until every number of people is exhausted; their puzzles are entered under their keys."""
+    def _drawn(self) -> Iterator[tuple[str, Row]]:
+        """Distinct rows, until every number of people is exhausted, each behind its puzzle without the guise."""
         options = self.options
         draw = random.Random(options.seed)
         sizes = list(range(options.min_people, options.max_people + 1))
+        seen: set[str] = set()
         while sizes:
             people = draw.choice(sizes)
             for _ in range(DRY):
                 puzzle = draw_puzzle(people, draw)
                 key = f"knights_knaves:{in_symbols(puzzle)}"
-                if key not in puzzles:
-                    puzzles[key] = puzzle
-                    yield self._row(key, puzzle)
+                if key not in seen:
+                    seen.add(key)
+                    yield f"knights_knaves:{canonical(puzzle)}", self._row(key, puzzle)
                     break
             else:
                 sizes.remove(people)

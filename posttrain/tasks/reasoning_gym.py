@@ -16,7 +16,6 @@ import hashlib
 import importlib
 import io
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -24,8 +23,8 @@ from pydantic import Field
 
 from posttrain.errors import UserError, did_you_mean
 from posttrain.rewards import load
-from posttrain.tasks import BaseTask, Row, Split, TaskOptions
-from posttrain.tasks._characters import divide
+from posttrain.tasks import Row, TaskOptions
+from posttrain.tasks._drawn import DrawnTask
 
 BLOCK = 200
 """Questions that are generated at a time: some data sets make all of them at once."""
@@ -46,7 +45,7 @@ class Options(TaskOptions):
     """Of the first question; the next one's is one more."""
 
 
-class Task(BaseTask):
+class Task(DrawnTask):
     """Questions of Reasoning Gym.
 
     Raises:
@@ -55,9 +54,10 @@ class Task(BaseTask):
     """
 
     name = "reasoning_gym"
+    options: Options
 
     def __init__(self, options: Options) -> None:
-        self.options = options
+        super().__init__(options)
         self._factory = _package("factory")
         plain = _package("dataset").ProceduralDataset.score_answer
         kinds: Mapping[str, tuple[Any, Any]] = self._factory.DATASETS
@@ -77,14 +77,6 @@ class Task(BaseTask):
         """The reward `exact`, to the letter."""
         return "exact", {"ignore_case": False}
 
-    def rows(self, split: Split) -> list[Row]:
-        """The questions of a split, in drawn order.
-
-        Raises:
-            UserError: fewer questions exist than `rows` asks for.
-        """
-        return list(self._splits[split])
-
     def _block(self, name: str, number: int) -> Any:
         """So many questions of a data set, generated when they are looked at."""
         settings = self.options.datasets[name]
@@ -95,12 +87,7 @@ class Task(BaseTask):
                 f"Reasoning Gym's data set '{name}' does not take the settings {settings} ({error}): correct them."
             ) from None
 
-    @cached_property
-    def _splits(self) -> dict[Split, list[Row]]:
-        options = self.options
-        return divide(self.name, self._drawn(), options.rows, options.eval_share, identity=lambda row: str(row["key"]))
-
-    def _drawn(self) -> Iterator[Row]:
+    def _drawn(self) -> Iterator[tuple[str, Row]]:
         """Distinct questions of the data sets in turn."""
         exact = load(*self.verifier)
         seen: set[str] = set()
@@ -113,7 +100,7 @@ class Task(BaseTask):
                     if row["key"] in seen or exact.attempt(exact.gold(row) or "", row).reward != 1.0:
                         continue
                     seen.add(row["key"])
-                    yield row
+                    yield row["key"], row
                     break
                 else:
                     del sources[name]

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from posttrain.tasks import Row, Split, TaskOptions
-from posttrain.tasks._characters import CharacterTask, divide
+from posttrain.tasks import Row, TaskOptions
+from posttrain.tasks._drawn import DrawnTask
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -107,14 +106,12 @@ class Options(TaskOptions):
         return self
 
 
-class Task(CharacterTask):
+class Task(DrawnTask):
     """Questions about pictures of shapes."""
 
     name = "shapes"
     images = True
-
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    options: Options
 
     @property
     def verifier(self) -> tuple[str, dict[str, Any]]:
@@ -136,11 +133,10 @@ class Task(CharacterTask):
         """`^<image>{question}{answer}{eos}`."""
         return CHAT_TEMPLATE
 
-    @cached_property
-    def _splits(self) -> dict[Split, list[Row]]:
-        options = self.options
-        rows = (_row(scene, options) for scene in scenes(options))
-        return divide(self.name, rows, options.rows, options.eval_share, identity=lambda row: str(row["key"]))
+    def _drawn(self) -> Iterator[tuple[str, Row]]:
+        for scene in scenes(self.options):
+            row = _row(scene, self.options)
+            yield row["key"], row
 
 
 def scenes(options: Options) -> Iterator[Scene]:

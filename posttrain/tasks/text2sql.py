@@ -35,7 +35,7 @@ from pydantic import Field
 
 from posttrain.errors import UserError
 from posttrain.tasks import BaseTask, Row, Split, TaskOptions
-from posttrain.tasks._characters import divide
+from posttrain.tasks._drawn import divide
 
 DRY = 3000
 """Draws in a row that bring no new question, after which there are none."""
@@ -247,11 +247,9 @@ class Task(BaseTask):
     @cached_property
     def _splits(self) -> dict[Split, list[Row]]:
         options = self.options
-        kinds: dict[str, str] = {}
         schemas = [_schema(number, options.seed, options.copies) for number in range(options.schemas)]
         try:
-            drawn = self._drawn(schemas, kinds)
-            splits = divide(self.name, drawn, options.rows, options.eval_share, identity=lambda row: kinds[row["key"]])
+            splits = divide(self.name, self._drawn(schemas), options.rows, options.eval_share)
             self._write(schemas)
         finally:
             for schema in schemas:
@@ -259,20 +257,22 @@ class Task(BaseTask):
                     database.close()
         return splits
 
-    def _drawn(self, schemas: Sequence[Schema], kinds: dict[str, str]) -> Iterator[Row]:
-        """Distinct questions, until none is new; what is asked is entered under their keys."""
+    def _drawn(self, schemas: Sequence[Schema]) -> Iterator[tuple[str, Row]]:
+        """Distinct questions, until none is new, each behind its kind."""
         draw = random.Random(f"text2sql {self.options.seed}")
+        seen: set[str] = set()
         barren = 0
         while barren < DRY:
             schema, template = draw.choice(schemas), draw.choice(TEMPLATES)
             draft = template(schema, draw)
             key = "" if draft is None else f"text2sql:{schema.files[0].partition('.')[0]}:{draft.gold}"
-            if draft is None or key in kinds or not asks(schema, draft):
+            if draft is None or key in seen or not asks(schema, draft):
                 barren += 1
                 continue
             barren = 0
-            kinds[key] = f"text2sql:{template.__name__}:{schema.child.plural}:{','.join(draft.columns)}"
-            yield _row(schema, draft, key)
+            seen.add(key)
+            kind = f"text2sql:{template.__name__}:{schema.child.plural}:{','.join(draft.columns)}"
+            yield kind, _row(schema, draft, key)
 
     def _write(self, schemas: Sequence[Schema]) -> None:
         try:
