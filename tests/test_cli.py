@@ -132,10 +132,24 @@ def test_settings_are_read_from_any_way_of_writing_a_field(tmp_path: Path) -> No
         ("plain", "int", " = 3", "An int."),
         ("bounded", "float", " = 0.5", ""),
         ("required", "str", "", ""),
-        ("made", "list[int]", " = list", ""),
+        ("made", "list[int]", " = []", ""),
         ("told", "int", " = 1", "Told twice."),
         ("bare", "bool", "", ""),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("files", ["fields", "verifier", "verifier_options", "on_bad_row", "system", "prompt_template", "eval_share",
+                   "train", "eval"]),
+        ("arithmetic", ["operations", "max_operand", "rows", "eval_share", "seed"]),
+    ],
+)  # fmt: skip
+def test_all_options_of_a_task_are_shown_those_of_its_bases_too(name: str, options: list[str]) -> None:
+    (settings,) = settings_of(registry.entry("task", name))
+    module = registry.load("task", name)
+    assert [field.name for field in settings.fields] == options == list(module.Options.model_fields)
 
 
 # ------------------------------------------------------------------ refusals

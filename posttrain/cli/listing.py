@@ -81,7 +81,7 @@ class Settings:
 
 
 def settings_of(entry: registry.Entry) -> Iterator[Settings]:
-    """The config class of a method, or the options of a reward or task: only what its own class body says."""
+    """The config class of a method, what its own body says; or all options of a reward or task."""
     path = entry.path
     if path is None:
         spec = importlib.util.find_spec(entry.module)
@@ -95,7 +95,35 @@ def settings_of(entry: registry.Entry) -> Iterator[Settings]:
             bases = ", ".join(ast.unparse(base) for base in node.bases)
             yield Settings(f"{node.name} adds or changes, over {bases}:", list(_fields(node, named)))
         elif isinstance(node, ast.ClassDef) and entry.kind != "method" and node.name == "Options":
-            yield Settings("Options:", list(_fields(node, named)))
+            found = {field.name: field for field in _with_bases(node, module)}
+            yield Settings("Options:", list(found.values()))
+
+
+def _with_bases(owner: ast.ClassDef, module: ast.Module) -> Iterator[Setting]:
+    """The fields of a class of this package behind those of its bases' bodies; one that is changed has its new form."""
+    for base in owner.bases:
+        name = ast.unparse(base)
+        there, where = module, _defined(name, module)
+        if where is None:
+            there = _imported(name, module)
+            where = _defined(name, there)
+        if where is not None:
+            yield from _with_bases(where, there)
+    yield from _fields(owner, _named(module))
+
+
+def _defined(name: str, module: ast.Module) -> ast.ClassDef | None:
+    return next((node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name), None)
+
+
+def _imported(name: str, module: ast.Module) -> ast.Module:
+    """The module of this package from which another imports a name; an empty one where it does not."""
+    for node in module.body:
+        if isinstance(node, ast.ImportFrom) and name in (alias.asname or alias.name for alias in node.names):
+            source = _source(node.module or "")
+            if (node.module or "").partition(".")[0] == "posttrain" and source is not None:
+                return ast.parse(source.read_text(encoding="utf-8"))
+    return ast.Module([], [])
 
 
 def _named(module: ast.Module) -> dict[str, ast.expr]:
@@ -151,8 +179,21 @@ def _fields(owner: ast.ClassDef, named: Mapping[str, ast.expr]) -> Iterator[Sett
         if isinstance(default, ast.Call) and ast.unparse(default.func) in {"field", "Field", "dataclasses.field"}:
             given = {keyword.arg: keyword.value for keyword in default.keywords}
             text = text or _help(given.get("metadata"))
-            default = given.get("default", given.get("default_factory", default.args[0] if default.args else None))
+            made = given.get("default_factory")
+            default = given.get("default", _made(made) if made else default.args[0] if default.args else None)
         yield Setting(node.target.id, kind, f" = {_written_out(default, named)}" if default is not None else "", text)
+
+
+def _made(factory: ast.expr) -> ast.expr:
+    """What a factory of defaults makes, as a user would write it."""
+    match factory:
+        case ast.Name(id="list"):
+            return ast.List([])
+        case ast.Name(id="dict"):
+            return ast.Dict([], [])
+        case ast.Lambda(body=body):
+            return body
+    return ast.Call(factory, [], [])
 
 
 def _help(metadata: ast.expr | None) -> str:
