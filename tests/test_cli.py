@@ -152,6 +152,12 @@ def test_all_options_of_a_task_are_shown_those_of_its_bases_too(name: str, optio
     assert [field.name for field in settings.fields] == options == list(module.Options.model_fields)
 
 
+def test_options_that_are_an_option_are_shown_as_well() -> None:
+    options, executor = settings_of(registry.entry("reward", "code"))
+    assert (options.title, executor.title) == ("Options:", "Executor:")
+    assert "url" in [field.name for field in executor.fields]
+
+
 # ------------------------------------------------------------------ refusals
 
 

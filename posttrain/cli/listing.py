@@ -97,6 +97,9 @@ def settings_of(entry: registry.Entry) -> Iterator[Settings]:
         elif isinstance(node, ast.ClassDef) and entry.kind != "method" and node.name == "Options":
             found = {field.name: field for field in _with_bases(node, module)}
             yield Settings("Options:", list(found.values()))
+            for part in module.body:
+                if isinstance(part, ast.ClassDef) and any(field.type == part.name for field in found.values()):
+                    yield Settings(f"{part.name}:", list(_fields(part, named)))
 
 
 def _with_bases(owner: ast.ClassDef, module: ast.Module) -> Iterator[Setting]:
