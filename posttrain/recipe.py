@@ -159,6 +159,8 @@ class Reward(Section):
     max_failures: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of completions that a verifier may fail to judge, through no fault of theirs, before the run stops; default
     that of `RewardFunction`."""
+    patience: Annotated[float, Field(gt=0)] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Seconds that training waits for a verifier with workers at each step; default that of `RewardFunction`."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Reward:
@@ -166,6 +168,8 @@ class Reward(Section):
             raise ValueError("give either name (a verifier of the registry) or function (module:function)")
         if self.function is not None and self.max_failures is not None:
             raise ValueError("max_failures counts what a verifier says, and a function says nothing: remove it")
+        if self.function is not None and self.patience is not None:
+            raise ValueError("patience bounds what a verifier takes, and a function takes what it takes: remove it")
         if self.function is not None and self.options:
             raise ValueError("options belong to a reward of the registry; a function takes none")
         return self

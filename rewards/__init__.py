@@ -15,10 +15,11 @@ import importlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import groupby
-from math import ceil  # `math` itself is a verifier of this package
-from time import perf_counter
+from math import ceil, inf  # `math` itself is a verifier of this package
+from time import monotonic, perf_counter
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -39,6 +40,12 @@ FAILURES = frozenset({"unparseable_gold", "verifier_error"})
 """Statuses that are no fault of the completion."""
 MAX_FAILURES = 0.5
 """Share of failures above which a run stops."""
+
+PATIENCE = 600.0
+"""Seconds that a step of training waits for workers: well below the half hour after which the other processes of a
+launch take one that waits for dead."""
+until: ContextVar[float] = ContextVar("until", default=inf)
+"""When (monotonic seconds) workers are waited for no longer; what they have not judged by then has no verdict."""
 
 THOUGHT = "<think>"
 """What a chat template may end a prompt with, so that the completion begins inside a thought."""
@@ -308,6 +315,8 @@ class RewardFunction:
         verifier: judges.
         max_failures: share of failures, over the last `WINDOW` calls, above which the run stops: a group whose
             verdicts fail teaches nothing. 1 never stops it.
+        patience: seconds of a call that workers may take. A completion costs at most its deadline, but many that hang
+            cost many: what is left then has no reward, and is a failure.
 
     Raises:
         UserError: when called, the rows lack a column, a group is not whole, or more failed than may.
@@ -316,9 +325,10 @@ class RewardFunction:
     WINDOW: ClassVar[int] = 8
     """Calls that failures are counted over; before so many have been made, nothing stops."""
 
-    def __init__(self, verifier: Verifier, *, max_failures: float = MAX_FAILURES) -> None:
+    def __init__(self, verifier: Verifier, *, max_failures: float = MAX_FAILURES, patience: float = PATIENCE) -> None:
         self.verifier = verifier
         self.max_failures = max_failures
+        self.patience = patience
         self.__name__ = verifier.column
         self._recent: deque[tuple[int, int]] = deque(maxlen=self.WINDOW)
 
@@ -343,7 +353,11 @@ class RewardFunction:
         rows = [{name: columns[name][i] for name in read} for i in range(len(completions))]
         if IN_THOUGHT in columns:
             completions = list(map(self.verifier.whole, completions, columns[IN_THOUGHT]))
-        verdicts = self.verifier.score(completions, rows)
+        before = until.set(monotonic() + self.patience)
+        try:
+            verdicts = self.verifier.score(completions, rows)
+        finally:
+            until.reset(before)
         if log_extra is not None:
             log_extra(f"{self.verifier.column}_status", [verdict.status for verdict in verdicts])
         if log_metric is not None and verdicts:

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any, get_args
 
+from posttrain import rewards
 from posttrain.errors import UserError
 from posttrain.rewards import Status, Verdict, Verifier
 from posttrain.rewards._zygote import MAX_CONTROL, frame, unframe
@@ -271,7 +272,8 @@ class Pool:
         self._closed = False
 
     def judge(self, verifier: Verifier, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-        """One verdict per completion, in order; each has `verifier.deadline` seconds from when a worker begins it.
+        """One verdict per completion, in order; each has `verifier.deadline` seconds from when a worker begins it, and
+        all of them have until `rewards.until`.
 
         Raises:
             UserError: the verifier's class cannot be imported by another process.
@@ -408,6 +410,8 @@ class _Judgement:
         self.pool = pool
         self.verifier = verifier
         self.deadline = verifier.deadline
+        self.begun = monotonic()
+        self.until = rewards.until.get()
         self.items = items
         self.waiting = deque(range(len(items)))
         self.chunk = pool.chunk_of(len(items))
@@ -419,10 +423,13 @@ class _Judgement:
     def finish(self) -> list[Verdict]:
         """Judge everything."""
         while self.waiting or self.turns:
+            if monotonic() > self.until:
+                self._give_up()
+                break
             self._hand_out()
             if not self.turns:
                 continue
-            patience = min(turn.until for turn in self.turns.values()) - monotonic()
+            patience = min(self.until, *(turn.until for turn in self.turns.values())) - monotonic()
             # What has been said is heard before anybody is found to be late: this process may have been asleep.
             for key, _ in self.selector.select(max(0.0, patience)):
                 self._hear(key.data)
@@ -430,6 +437,15 @@ class _Judgement:
                 if monotonic() > turn.until:
                     self._kill(worker)
         return [self.verdicts[index] for index in range(len(self.items))]
+
+    def _give_up(self) -> None:
+        """Nobody waits any longer: what has no verdict gets none."""
+        self.abandon()
+        late = sum(verdict.status == "timeout" for verdict in self.verdicts.values())
+        detail = f"not judged within {self.until - self.begun:.0f} s, in which {late} ran over the deadline"
+        for index in range(len(self.items)):
+            if index not in self.verdicts:
+                self._decide(index, Verdict(None, "verifier_error", detail=detail))
 
     def abandon(self) -> None:
         """End the workers that are still at something: their answers would be taken for those of the next call."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import pickle
 import signal
@@ -581,15 +582,55 @@ def test_a_hundred_kills_leave_no_file_and_no_process() -> None:
 # ------------------------------------------------------------------ the recipe
 
 
+def test_what_nobody_waits_for_any_longer_has_no_verdict(alone: _workers.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    decide = _workers._Judgement._decide
+
+    def enough(judgement: _workers._Judgement, index: int, verdict: Verdict) -> None:
+        decide(judgement, index, verdict)
+        if len(judgement.verdicts) == 3:  # as if it had taken so long
+            judgement.begun -= 1000.0
+            judgement.until = judgement.begun + 600.0
+
+    monkeypatch.setattr(_workers._Judgement, "_decide", enough)
+    words = ["a", "loop", "b", "sleep 60", "c", "d"]
+    found = alone.judge(Hostile(Options()), words, [{}] * len(words))
+    detail = "not judged within 600 s, in which 1 ran over the deadline"
+    assert [(verdict.reward, verdict.status) for verdict in found[:3]] == [(1.0, "ok"), (0.0, "timeout"), (1.0, "ok")]
+    assert found[3:] == [Verdict(None, "verifier_error", detail=detail)] * 3
+    monkeypatch.setattr(_workers._Judgement, "_decide", decide)
+    assert [verdict.answer for verdict in alone.judge(Hostile(Options()), ["e", "f"], [{}] * 2)] == ["e", "f"]
+
+
+def test_training_waits_with_patience_and_nobody_else_does() -> None:
+    waits: list[float] = []
+
+    class Noted(Hostile):
+        def score(self, completions: Sequence[Any], rows: Sequence[Any]) -> list[Verdict]:
+            waits.append(rewards.until.get() - time.monotonic())
+            return super().score(completions, rows)
+
+    assert RewardFunction(Hostile(Options(deadline=600)), patience=0.01)([None] * 3, ["loop"] * 3) == [None] * 3
+    RewardFunction(Noted(Options()))([None], ["at once"])
+    assert 0 < waits[0] <= rewards.PATIENCE
+    Noted(Options()).score(["at once"], [{}])
+    assert waits[1] == math.inf
+
+
 def test_a_recipe_says_how_many_failures_stop_the_run() -> None:
     task = tasks.load("countdown", {})
-    recipe = recipes.load("grpo/countdown3", ["rewards=[{name: format, max_failures: 0.25}, {name: countdown}]"])
+    recipe = recipes.load(
+        "grpo/countdown3", ["rewards=[{name: format, max_failures: 0.25, patience: 7.0}, {name: countdown}]"]
+    )
     first, second = reward_functions(recipe, task)
     assert isinstance(first, RewardFunction) and isinstance(second, RewardFunction)
     assert (first.max_failures, second.max_failures) == (0.25, rewards.MAX_FAILURES)
+    assert (first.patience, second.patience) == (7.0, rewards.PATIENCE)
+    assert "patience" not in recipe.rewards[1].model_dump(), "so that hashes of recipes stay what they were"
     for wrong, reason in (
         ("{name: format, max_failures: 2}", "max_failures"),
         ("{function: 'm:f', max_failures: 0.1}", "remove it"),
+        ("{function: 'm:f', patience: 7.0}", "remove it"),
+        ("{name: format, patience: 0}", "patience"),
     ):
         with pytest.raises(UserError, match=reason):
             recipes.load("grpo/countdown3", [f"rewards=[{wrong}]"])

@@ -313,7 +313,8 @@ def reward_functions(recipe: Recipe, task: tasks.BaseTask) -> list[Callable[...,
                 options = task.verifier[1]
             verifier = rewards.load(reward.name, options)
             failures = rewards.MAX_FAILURES if reward.max_failures is None else reward.max_failures
-            found.append(rewards.RewardFunction(verifier, max_failures=failures))
+            patience = rewards.PATIENCE if reward.patience is None else reward.patience
+            found.append(rewards.RewardFunction(verifier, max_failures=failures, patience=patience))
     return found
 
 
