@@ -7,9 +7,13 @@ number counts as its answer.
 2. Tuples, intervals, sets, unions and lists are taken apart, and their elements compared: sets and lists in any order
    (a list with repeats counted), everything else in order. `2 \pm 3` is the list `5, -1`. A list may stand for a set,
    and for a tuple in the same order, a tuple for a list only where that gives names (`x=3, y=-2`); a set is no tuple;
-   brackets of a pair must agree, those of longer tuples need not. `\{x \mid x > 2\}` is the inequality in it.
+   brackets of a pair must agree, those of longer tuples need not. `\{x \mid x > 2\}` is the inequality in it. The
+   branches of `cases` are compared in any order, each value with its condition. The name of a point and a condition
+   like `k \in \mathbb{Z}` may be missing on one side but must not differ.
 3. Two plain numbers (integers, decimals, fractions of them, mixed numbers, repeating decimals, `a \times 10^n`, `1e5`),
-   and their products and quotients with one square root and π, are compared exactly; so 0.333 is not 1/3.
+   and their products and quotients with one square root and π, are compared exactly; so 0.333 is not 1/3. A number
+   directly before a fraction of two integers is a mixed number, also in `2\frac{3}{4}x`. Clock times with `a.m.` or
+   `p.m.` are compared by hour and minute; without, `4:30` is a ratio.
 4. Every other pair goes to math-verify in a worker process that is killed at the `deadline`, with both sides in a
    `\boxed{}`: without one it reads `2\pi` as 2. There a decimal equals what it agrees with to 12 decimals. Of equations
    like `6=2\cdot3`, every side without letters counts; `2a` is not `2A`, `f'` not `f`, and `0.3...` not 0.3.
@@ -62,6 +66,20 @@ _LAYOUT = re.compile(
 )
 _SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9] (?=[0-9]))| ")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\{([^{}\\]*)\}")
+_UPRIGHT = re.compile(
+    r"\\(?:text|textrm|textit|mathrm|mathit|mathsf|mbox|operatorname)"
+    r"(?:\{ ?(?:([abcefi-kn-ru-zBDEGIO-RUX-Z])|(d)(?= ?\} ?[a-z])) ?\}| ([ie])(?![A-Za-z]))"
+    r"|\{\\rm ([ie]) ?\}"
+    r"|(?:(?<=[-+^])|(?<=\^\{)) ?\\(?:text|textrm|mathrm|mbox|operatorname)\{ ?([A-Za-z]) ?\}"
+)
+r"""A letter that is no unit, as `\mathrm{i}`, the d of `dx`, and any letter behind a sign, as the C of `+C`."""
+_UNIT_VECTOR = re.compile(
+    r"\\(?:mathbf|textbf|boldsymbol|bm|vec|hat|overrightarrow)"
+    r"(?:\{ ?(?:([ijk])|\\([ij])math) ?\}| ([ijk])(?![A-Za-z])| ?\\([ij])math(?![A-Za-z]))"
+    r"|\\([ij])math(?![A-Za-z])"
+)
+r"""A unit vector in bold or with an arrow or a hat, which is the plain letter."""
+_COLON_TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{ ?: ?\}|\{:\}|\\colon(?![A-Za-z]) ?(?=[0-9])")
 _SPELLINGS = {
     "leq": "le", "geq": "ge", "neq": "ne", "leqslant": "le", "geqslant": "ge", "lbrace": "{", "rbrace": "}",
     "varnothing": "emptyset", "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom",
@@ -80,6 +98,9 @@ _DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _NUMBER = re.compile(rf"([+-]?)(?:({_DECIMAL})(?:/({_DECIMAL}))?|\\frac\{{(-?{_DECIMAL})\}}\{{(-?{_DECIMAL})\}})")
 _THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?:(?:,|\{,\}| )[0-9]{3})+(?:\.[0-9]+)?")
 _MIXED = re.compile(r"([+-]?)([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}")
+_MIXED_FACTOR = re.compile(
+    r"(?<![0-9.^_}\]!])(?<!\\sqrt)([0-9]{1,9})\\frac\{([0-9]{1,9})\}\{(0*[1-9][0-9]{0,8})\}(?!\^(?!\{?\\circ))"
+)
 _REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
 _SCIENTIFIC = re.compile(
     rf"([+-]?)(?:(?:({_DECIMAL})(?:\\times|\\cdot|\*))?10\^(?:\{{([+-]?[0-9]{{1,4}})\}}|([0-9])(?![0-9]))"
@@ -116,6 +137,19 @@ _BUILDER = re.compile(
 )
 """The set of the real numbers that fulfil an inequality."""
 
+_WHOLE = r"\\(?:mathbb|mathbf)\{[ZN]\}|\\(?:mathbb|mathbf) ?[ZN]| ?[ZN]"
+_POSITIVE = r"\^(?:\{[*+]\}|[*+])|_(?:\{(?:\+|>0|\\ge ?1)\}|\+)"
+_RANGE = rf"([A-Za-z])\\in(?:{_WHOLE})(?:{_POSITIVE})?"
+_FOR = r",?\\text\{,?(?:for|where|with|for(?:all|any|every|each|some)),?\}"
+_RANGED = re.compile(rf"(?:(?:{_FOR}|,){_RANGE}|,?\({_RANGE}\))$")
+"""A condition that a letter is an integer or a natural number, behind what it is about."""
+_POINT = re.compile(r"([A-Z](?:_(?:\{[0-9]\}|[0-9]))?'*)\(")
+"""A point with its name."""
+_CASES = re.compile(r"(?:([^=&\\]+)=)?\\begin\{cases\}(.*)\\end\{cases\}")
+_ROW = re.compile(r"\\\\")
+_COLUMN = re.compile("&")
+_IF = re.compile(r"^(?:\\text\{,?(?:if|for|when),?\}|(?:if|for|when)(?![A-Za-z]{2}))")
+
 _PERCENT = re.compile(r"(?:\\?%|\\text\{(?:\\?%|percent|percentage)\}|percent|percentage)$")
 _FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|arc|log|ln|exp)")
 _DEGREES = re.compile(r"\^(?:\\circ ?|\{\\circ\})(?:\\text\{([CFK])\}|([CF]))?$|(?<=[0-9])\\circ$")
@@ -124,6 +158,10 @@ _MODULUS = re.compile(
     r"(?:\\pmod|\((?:\\mod|\\(?:text|mathrm|operatorname)\{mod\})(?=.*\)$))(?:\{([0-9]+)\}|([0-9]+))\)?$"
 )
 _BASE = re.compile(r"(?<=[0-9])_(?:\{([0-9]+|\\text\{[a-z]+\})\}|([0-9]))$")
+_CLOCK = re.compile(
+    r"([0-9]{1,2})(?::([0-9]{2}))?(?:(?:\\(?:text|textrm|mathrm|mbox|operatorname))?(?:\{([ap])\.?m\.?\}|([ap])\.?m\.?))?",
+    re.IGNORECASE,
+)
 _CURRENCY = re.compile(r"^[€£¥₹]")
 _LABEL = (
     r"\\(?:text|textrm|mathrm|mbox|operatorname)"
@@ -272,7 +310,22 @@ class Reward(Verifier):
         if _same_text(gold, answer):
             return True
         gold, answer = (match[1] if (match := _BUILDER.fullmatch(text)) else text for text in (gold, answer))
+        without_ranges = _without_ranges(gold, answer)
+        if without_ranges is None:
+            return False
+        gold, answer = without_ranges
+        branches, others = _branches(gold), _branches(answer)
+        if branches and others:
+            names = {name for name in (branches[0], others[0]) if name}
+            same_branch = partial(self._same_branch, symbolic=symbolic)
+            return (
+                len(names) < 2 and len(branches[1]) == len(others[1]) and _matched(branches[1], others[1], same_branch)
+            )
         gold, answer = _without_names(gold, answer)
+        points = _without_point_names(gold, answer)
+        if points is None:
+            return False
+        gold, answer = points
         whole, other = _shape(gold), _shape(answer)
         kinds = {whole.kind, other.kind}
         if kinds == {"one"}:
@@ -307,7 +360,20 @@ class Reward(Verifier):
             found = found and same
         return found
 
+    def _same_branch(self, gold: str, answer: str, symbolic: Symbolic) -> bool | None:
+        """Whether two branches of a function by cases have the same value under the same condition."""
+        found: bool | None = True
+        for pair in zip(_split(gold, _COLUMN), _split(answer, _COLUMN), strict=True):
+            same = self._same(*pair, symbolic)
+            if same is False:
+                return False
+            found = found and same
+        return found
+
     def _same_element(self, gold: str, answer: str, symbolic: Symbolic) -> bool | None:
+        times = _CLOCK.fullmatch(gold), _CLOCK.fullmatch(answer)
+        if any(time and time[2] and (time[3] or time[4]) for time in times):
+            return self._same_time(*times)
         gold, gold_percent = _without_percent(gold)
         answer, percent = _without_percent(answer)
         gold, gold_unit = _without_unit(gold)
@@ -322,6 +388,18 @@ class Reward(Verifier):
             return found
         either = self._same_value(gold, answer, symbolic)
         return either if either or found is False else None
+
+    def _same_time(self, gold: re.Match[str] | None, answer: re.Match[str] | None) -> bool:
+        """Whether two clock times are the same; `a.m.` and `p.m.` are units."""
+        if gold is None or answer is None:
+            return False
+        (hour, minute, half), (other_hour, other_minute, other_half) = (
+            (int(time[1]), int(time[2] or 0), (time[3] or time[4] or "").casefold()) for time in (gold, answer)
+        )
+        policy = self.options.units
+        if half != other_half and (policy == "required" or (policy == "optional" and half and other_half)):
+            return False
+        return (hour, minute) == (other_hour, other_minute)
 
     def _same_value(
         self, gold: str, answer: str, symbolic: Symbolic, *, gold_percent: bool = False, percent: bool = False
@@ -449,11 +527,25 @@ def normalise(text: str) -> str:
     text = _WORDS.sub(r"\\text{\1}", text)
     text = _SPELLED.sub(lambda match: "\\" + _SPELLINGS[match[1]], text)
     text = _NATURAL.sub(r"\\ln ", text)
+    text = _COLON_TEXT.sub(":", _UNIT_VECTOR.sub(_letter, _UNIT_VECTOR.sub(_letter, text)))
+    text = re.sub(r"(?<=[0-9])( e )(?=[-+ ]*[0-9])", r" \\cdot\1", _UPRIGHT.sub(_letter, text))  # 2e-5 is a number
     text = _SPACE.sub(lambda match: match[1] or "", text)
     if text.casefold() in ("allrealnumbers", "allreals"):
         return r"\mathbb{R}"
-    text = re.sub(r"\\(frac|binom)([0-9])", r"\\\1{\2}", text)
-    return re.sub(r"(\\(?:frac|binom)\{[^{}]*\})([0-9])", r"\1{\2}", text)
+    # The braces that LaTeX lets one leave out.
+    text = re.sub(r"\\(frac|binom) ?([0-9]|(?<= )[A-Za-z]|\\(?:pi|alpha|beta|theta)(?![A-Za-z])) ?", r"\\\1{\2}", text)
+    text = re.sub(r"(\\(?:frac|binom)\{[^{}]*\}|\\sqrt\[[0-9A-Za-z]\])([0-9A-Za-z])", r"\1{\2}", text)
+    return text if _MIXED.fullmatch(text) else _MIXED_FACTOR.sub(_unmixed, text)
+
+
+def _letter(match: re.Match[str]) -> str:
+    # The spaces keep it apart from a command before it.
+    return f" {next(filter(None, match.groups()))} "
+
+
+def _unmixed(match: re.Match[str]) -> str:
+    whole, top, bottom = map(int, match.groups())
+    return rf"\frac{{{whole * bottom + top}}}{{{bottom}}}"
 
 
 def _unscript(match: re.Match[str]) -> str:
@@ -553,6 +645,72 @@ def _without_names(gold: str, answer: str) -> tuple[str, str]:
         return gold_name[2], answer
     if name and not _RELATION.search(gold):
         return gold, name[2]
+    return gold, answer
+
+
+def _range(text: str) -> tuple[str, str, str] | None:
+    r"""What stands before a condition like `k\in\mathbb{Z}`, its letter, and its set; `None` where there is none."""
+    match = _RANGED.search(text)
+    if match is None or not match.start():
+        return None
+    positive = re.search(rf"(?:{_POSITIVE})\)?$", match[0])
+    return text[: match.start()], match[1] or match[2], "N*" if positive else "Z" if "Z" in match[0] else "N"
+
+
+def _without_ranges(gold: str, answer: str) -> tuple[str, str] | None:
+    r"""Both without a condition like `k\in\mathbb{Z}`; `None` where they have different ones."""
+    ranges = gold_range, range_ = _range(gold), _range(answer)
+    if gold_range and range_:
+        return (gold_range[0], range_[0]) if gold_range[1:] == range_[1:] else None
+    gold, answer = (
+        found[0] if found and not _narrows(*found[:2]) else text
+        for text, found in zip((gold, answer), ranges, strict=True)
+    )
+    return gold, answer
+
+
+def _narrows(body: str, letter: str) -> bool:
+    """Whether a condition on the letter says more of `body`: of an inequality, or an equation that is no `name =`."""
+    related = any(_RELATION.search(part) and not _ASSIGNED.fullmatch(part) for part in _split(body, _AND))
+    return related or letter not in _COMMAND.sub(" ", body)
+
+
+def _branches(text: str) -> tuple[str, tuple[str, ...]] | None:
+    r"""The name and the branches, as `value&condition`, of a function by `cases`; `None` where it is no such thing."""
+    match = _CASES.fullmatch(text)
+    if match is None:
+        return None
+    branches = []
+    for row in _split(match[2].removesuffix(r"\\"), _ROW):
+        columns = _split(row.rstrip(",;."), _COLUMN)
+        if len(columns) != 2:
+            return None
+        branches.append(f"{columns[0].rstrip(',;')}&{_IF.sub('', columns[1])}")
+    return match[1] or "", tuple(branches)
+
+
+def _point(text: str) -> tuple[str, str] | None:
+    """The name and the coordinates of `P(3,-4)`; a pair or triple without any digit, as `F(x,y)`, is no point."""
+    match = _POINT.match(text)
+    if match is None:
+        return None
+    coordinates = text[match.end() - 1 :]
+    shape = _shape(coordinates)
+    point = shape.brackets == "()" and len(shape.parts) in (2, 3) and r"\infty" not in coordinates
+    return (match[1], coordinates) if point and _digits(coordinates) else None
+
+
+def _without_point_names(gold: str, answer: str) -> tuple[str, str] | None:
+    """Both without the name of a point, where the other has none but coordinates; `None` where the names differ."""
+    gold_point, point = _point(gold), _point(answer)
+    if gold_point and point:
+        return (gold_point[1], point[1]) if gold_point[0] == point[0] else None
+    if gold_point and _shape(answer).kind in ("tuple", "list"):
+        # C(5,2) and P(5,2) may count combinations and permutations.
+        counts = re.fullmatch(r"[CP]\(([0-9]{1,9}),([0-9]{1,9})\)", gold)
+        return (gold if counts and int(counts[1]) >= int(counts[2]) else gold_point[1]), answer
+    if point and _shape(gold).kind in ("tuple", "list"):
+        return gold, point[1]
     return gold, answer
 
 
