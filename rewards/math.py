@@ -22,25 +22,52 @@ number counts as its answer.
 
 A static guard stands before step 4: what it refuses is wrong, with the status `resource`, in microseconds. The rest
 that is hard for sympy, such as `(x+y+z+1)^{99}`, costs its deadline and a worker, and nobody else.
+
+What is read from one text alone lies in `_latex`.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache, partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from posttrain.rewards import DEADLINE, Deadline, RewardOptions, Verdict, Verifier, after_thinking
+from posttrain.rewards import DEADLINE, Deadline, RewardOptions, Verdict, Verifier
+from posttrain.rewards._latex import (
+    MAX_LENGTH,
+    Shape,
+    Time,
+    answers_of,
+    assigned,
+    cases,
+    clock,
+    count_digits,
+    fits_a_box,
+    gold_of,
+    group,
+    in_radians,
+    integer_range,
+    is_inequality,
+    is_relation,
+    named_point,
+    narrows,
+    normalise,
+    number,
+    opens,
+    plain_sides,
+    shape,
+    surd,
+    symbols,
+    without_builder,
+    without_percent,
+    without_unit,
+)
 
-MAX_LENGTH = 300
-"""Characters of an answer."""
 MAX_RUN = 60
 """Consecutive digits."""
 MAX_NESTING = 20
@@ -49,155 +76,19 @@ MAX_EXPONENT_DIGITS = 5
 """Digits of an exponent, those of exponents that multiply with it included: so that it is below 10^5."""
 MAX_FACTORIAL_DIGITS = 4
 r"""Digits under a factorial, and in each argument of `\binom`."""
-MAX_SCALE = 400
-r"""The exponent in `a \times 10^n` up to which it is computed exactly."""
 DECIMALS = 12
 """Decimals to which math-verify compares a decimal with something else."""
 
-_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_SCRIPT = re.compile("([⁺⁻⁰¹²³⁴-⁹]+)|([₀-₉]+)|([¼-¾⅐-⅞])")
-_SYMBOLS = str.maketrans({
-    "−": "-", "–": "-", "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ",
-    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ",
-    "°": r"^\circ ", "√": r"\sqrt ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "\u2061": None, "\u200b": None,
-})  # fmt: skip
-_LAYOUT = re.compile(
-    r"(?<!\\)\\[,;:! ()\[\]]|~|\\?\$|\\(?:left|right|big|Big|bigg|Bigg|displaystyle|limits|quad|qquad)(?![A-Za-z])"
-)
-_SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9] (?=[0-9]))| ")
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\{([^{}\\]*)\}")
-_UPRIGHT = re.compile(
-    r"\\(?:text|textrm|textit|mathrm|mathit|mathsf|mbox|operatorname)"
-    r"(?:\{ ?(?:([abcefi-kn-ru-zBDEGIO-RUX-Z])|(d)(?= ?\} ?[a-z])) ?\}| ([ie])(?![A-Za-z]))"
-    r"|\{\\rm ([ie]) ?\}"
-    r"|(?:(?<=[-+^])|(?<=\^\{)) ?\\(?:text|textrm|mathrm|mbox|operatorname)\{ ?([A-Za-z]) ?\}"
-)
-r"""A letter that is no unit, as `\mathrm{i}`, the d of `dx`, and any letter behind a sign, as the C of `+C`."""
-_UNIT_VECTOR = re.compile(
-    r"\\(?:mathbf|textbf|boldsymbol|bm|vec|hat|overrightarrow)"
-    r"(?:\{ ?(?:([ijk])|\\([ij])math) ?\}| ([ijk])(?![A-Za-z])| ?\\([ij])math(?![A-Za-z]))"
-    r"|\\([ij])math(?![A-Za-z])"
-)
-r"""A unit vector in bold or with an arrow or a hat, which is the plain letter."""
-_COLON_TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{ ?: ?\}|\{:\}|\\colon(?![A-Za-z]) ?(?=[0-9])")
-_SPELLINGS = {
-    "leq": "le", "geq": "ge", "neq": "ne", "leqslant": "le", "geqslant": "ge", "lbrace": "{", "rbrace": "}",
-    "varnothing": "emptyset", "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom",
-    "lvert": "vert", "rvert": "vert", "degree": "circ", "textdegree": "circ",
-    "lg": "log", "bmod": "mod",
-}  # fmt: skip
-_SPELLED = re.compile(rf"\\({'|'.join(sorted(_SPELLINGS, key=len, reverse=True))})(?![A-Za-z])")
-_ELLIPSIS = re.compile(r"\.\.\.$|\\[lc]?dots ?$")
-_PRIME = re.compile(r"(?<=[A-Za-z)}'])'|\\prime(?![A-Za-z])")
-_NATURAL = re.compile(r"\\log ?_ ?(?:e(?![A-Za-z])|\{ ?e ?\})")
-_FULL_STOP = re.compile(r"(?<!\.)\.$")
+
 _WORD = re.compile(r"[A-Za-z]{3,}")
 _CHOICE = re.compile(r"\(([A-Z])\)")
+_ELLIPSIS = re.compile(r"\.\.\.$|\\[lc]?dots ?$")
+_PRIME = re.compile(r"(?<=[A-Za-z)}'])'|\\prime(?![A-Za-z])")
 
-_DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
-_NUMBER = re.compile(rf"([+-]?)(?:({_DECIMAL})(?:/({_DECIMAL}))?|\\frac\{{(-?{_DECIMAL})\}}\{{(-?{_DECIMAL})\}})")
-_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?:(?:,|\{,\}| )[0-9]{3})+(?:\.[0-9]+)?")
-_MIXED = re.compile(r"([+-]?)([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}")
-_MIXED_FACTOR = re.compile(
-    r"(?<![0-9.^_}\]!])(?<!\\sqrt)([0-9]{1,9})\\frac\{([0-9]{1,9})\}\{(0*[1-9][0-9]{0,8})\}(?!\^(?!\{?\\circ))"
-)
-_REPEATING = re.compile(r"([+-]?)([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}")
-_SCIENTIFIC = re.compile(
-    rf"([+-]?)(?:(?:({_DECIMAL})(?:\\times|\\cdot|\*))?10\^(?:\{{([+-]?[0-9]{{1,4}})\}}|([0-9])(?![0-9]))"
-    rf"|({_DECIMAL})[eE]([+-]?[0-9]{{1,4}}))"
-)
-
-_TIMES = r"(?:\\cdot|\\times|\*)?"
-_PRODUCT = re.compile(
-    rf"([+-]?)({_DECIMAL}|\\frac\{{{_DECIMAL}\}}\{{{_DECIMAL}\}})?{_TIMES}"
-    rf"(?:\\sqrt(?:\{{({_DECIMAL})\}}|([0-9])))?{_TIMES}(\\pi)?"
-)
-
-_AND = re.compile(r",?(?:\\text\{,?(?:and|or),?\}|(?<=[0-9)}])(?:and|or)(?=[-+0-9\\(]|[a-z][=<>\\]))|[,;]")
-_OR = re.compile(r",?(?:\\text\{,?or,?\}|(?<=[0-9)}])or(?=[a-z][<>\\]))")
-_INEQUALITY = re.compile(r"[^=]*(?:[<>]|\\(?:le|ge|ne)(?![A-Za-z]))[^=]*")
-_EQUALS = re.compile("=")
-_INDEX = r"(?:_(?:\{[A-Za-z0-9]+\}|[A-Za-z0-9]+))?"
-_MEMBER = re.compile(rf"^[A-Za-z]{_INDEX}\\in(?=[(\[]|\\\{{)")
-_ASSIGNED = re.compile(rf"(\\?[A-Za-z]+{_INDEX}(?:'*|\^\{{-1\}})(?:\([A-Za-z]\))?)(?:=|\\equiv ?)([^=<>]+)")
-_RELATION = re.compile(
-    r"[=<>|]|\\(?:le|ge|ne|in|notin|mid|vert|setminus|cap|subset|mathbb|equiv|sim|approx)(?![A-Za-z])"
-)
-_COMMA = re.compile("[,;]")
-_COLON = re.compile(":")
-_PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])")
-_UNION = re.compile(r"\\cup ?")
-_OPENING = re.compile(r"[(\[]|\\\{")
-_CLOSING = re.compile(r"(?:[)\]]|\\\})$")
-_ANGLES = re.compile(r"\\([lr])angle ?")
-_CONDITION = re.compile(r"[|:]|\\(?:mid|vert|colon)(?![A-Za-z])")
-_BUILDER = re.compile(
-    rf"\\\{{[A-Za-z](?:\\in ?\\mathbb\{{R\}})?(?:{_CONDITION.pattern}) ?"
-    r"((?=[^<>]*(?:[<>]|\\(?:le|ge|ne)(?![A-Za-z])))(?:(?!\\[{}])[^=|:,])+)\\\}"
-)
-"""The set of the real numbers that fulfil an inequality."""
-
-_WHOLE = r"\\(?:mathbb|mathbf)\{[ZN]\}|\\(?:mathbb|mathbf) ?[ZN]| ?[ZN]"
-_POSITIVE = r"\^(?:\{[*+]\}|[*+])|_(?:\{(?:\+|>0|\\ge ?1)\}|\+)"
-_RANGE = rf"([A-Za-z])\\in(?:{_WHOLE})(?:{_POSITIVE})?"
-_FOR = r",?\\text\{,?(?:for|where|with|for(?:all|any|every|each|some)),?\}"
-_RANGED = re.compile(rf"(?:(?:{_FOR}|,){_RANGE}|,?\({_RANGE}\))$")
-"""A condition that a letter is an integer or a natural number, behind what it is about."""
-_POINT = re.compile(r"([A-Z](?:_(?:\{[0-9]\}|[0-9]))?'*)\(")
-"""A point with its name."""
-_CASES = re.compile(r"(?:([^=&\\]+)=)?\\begin\{cases\}(.*)\\end\{cases\}")
-_ROW = re.compile(r"\\\\")
-_COLUMN = re.compile("&")
-_IF = re.compile(r"^(?:\\text\{,?(?:if|for|when),?\}|(?:if|for|when)(?![A-Za-z]{2}))")
-
-_PERCENT = re.compile(r"(?:\\?%|\\text\{(?:\\?%|percent|percentage)\}|percent|percentage)$")
-_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc|arc|log|ln|exp)")
-_DEGREES = re.compile(r"\^(?:\\circ ?|\{\\circ\})(?:\\text\{([CFK])\}|([CF]))?$|(?<=[0-9])\\circ$")
-_DEGREE = re.compile(rf"({_DECIMAL})\^(?:\\circ ?|\{{\\circ\}})")
-_MODULUS = re.compile(
-    r"(?:\\pmod|\((?:\\mod|\\(?:text|mathrm|operatorname)\{mod\})(?=.*\)$))(?:\{([0-9]+)\}|([0-9]+))\)?$"
-)
-_BASE = re.compile(r"(?<=[0-9])_(?:\{([0-9]+|\\text\{[a-z]+\})\}|([0-9]))$")
-_CLOCK = re.compile(
-    r"([0-9]{1,2})(?::([0-9]{2}))?(?:(?:\\(?:text|textrm|mathrm|mbox|operatorname))?(?:\{([ap])\.?m\.?\}|([ap])\.?m\.?))?",
-    re.IGNORECASE,
-)
-_CURRENCY = re.compile(r"^[€£¥₹]")
-_LABEL = (
-    r"\\(?:text|textrm|mathrm|mbox|operatorname)"
-    r"\{((?:[^{}\\/0-9]+(?:\^?[0-9])?)?(?:/[^{}\\/0-9]+(?:\^?[0-9])?)*)\}"
-    r"(?:\^(?:\{(-?[0-9])\}|([0-9])))?"
-)
-_LABELS = re.compile(rf"(?:{_LABEL})(?:(?:/|\\cdot|\\times)?(?:{_LABEL}))*$")
-_ONE_LABEL = re.compile(_LABEL)
-_UNITS = {
-    "meter": "m metre meters metres", "centimeter": "cm centimetre centimeters centimetres",
-    "millimeter": "mm millimetre millimeters millimetres", "kilometer": "km kilometre kilometers kilometres",
-    "inch": "in inches", "foot": "ft feet", "yard": "yd yards", "mile": "mi miles", "gram": "g grams",
-    "kilogram": "kg kilograms", "milligram": "mg milligrams", "pound": "lb lbs pounds", "ounce": "oz ounces",
-    "second": "s sec secs seconds", "minute": "min mins minutes", "hour": "h hr hrs hours", "day": "days",
-    "week": "weeks", "month": "months", "year": "yr yrs years", "liter": "l litre liters litres",
-    "milliliter": "ml millilitre milliliters millilitres", "dollar": "dollars usd", "cent": "cents", "euro": "euros €",
-    "poundsterling": "£", "yen": "¥", "rupee": "rupees ₹ rs", "degree": "degrees deg °", "radian": "rad radians",
-    "unit": "units", "squareunit": "squareunits", "cubicunit": "cubicunits", "mph": "milesperhour",
-    "kilometer/hour": "kmh kmph kilometersperhour",
-}  # fmt: skip
-_UNIT = {spelling: unit for unit, others in _UNITS.items() for spelling in [unit, *others.split()]}
-# A single letter without \text may be a variable, and these mean something else.
-_BARE_UNITS = sorted((u for u in _UNIT if len(u) > 1 and u not in ("in", "min", "deg", "rs")), key=len, reverse=True)
-_BARE = re.compile(rf"(?<=[0-9}})])((?:square|cubic|sq)?(?:{'|'.join(_BARE_UNITS)}))(?:\^(?:\{{([23])\}}|([23])))?$")
-
-_WORDS = re.compile(
-    r"(?<=[0-9}%]) +(?!(?:and|or|mod|sin|cos|tan|cot|sec|csc|log|exp|sqrt|pi|max|gcd|lcm)\b)"
-    rf"((?:[A-Za-z]{{3,}}|{'|'.join(_BARE_UNITS)})\b[A-Za-z .]*)$"
-)
-"""English behind a number."""
 
 _GUARDED = re.compile(r"\\(?:sum|prod|int|iint|oint)(?![A-Za-z])")
 _BINOMIAL = re.compile(r"\\[dt]?binom")
-_COMMAND = re.compile(r"\\[A-Za-z]+")
-_LETTERS = re.compile("[A-Za-z]")
-_VARIABLES = re.compile("(?<![A-Za-z])[A-Za-z]{1,2}(?![A-Za-z])")
+
 
 _TYPICAL = (
     r"\frac{1}{2}", r"2\sqrt{3}", r"x^2+2x+1", r"(x-1)(x+2)", r"\frac{\sqrt{2}}{2}", r"2\pi", "x=5",
@@ -227,16 +118,7 @@ class Options(RewardOptions):
     """Seconds for one completion, from when a worker begins it; then the worker is killed, and the reward is 0."""
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """A normalised answer, taken apart at its outermost commas or unions."""
-
-    kind: Literal["one", "list", "set", "tuple", "union"]
-    parts: tuple[str, ...]
-    brackets: str = ""
-    """Of a tuple: the two, `()` or `[)` for instance."""
-
-
+PartT = TypeVar("PartT")
 Symbolic = Callable[[str, str], bool | None]
 """Whether two normalised answers are equal, gold first; None where that is left to a worker."""
 
@@ -272,14 +154,14 @@ class Reward(Verifier):
 
     def gold(self, row: Mapping[str, Any]) -> str | None:
         """The row's `answer` in a box."""
-        gold = _gold(row["answer"])
+        gold = gold_of(row["answer"])
         return rf"\boxed{{{row['answer'] if gold is None else gold}}}"
 
     def _judge(self, completion: str, row: Mapping[str, Any], symbolic: Symbolic) -> Verdict | None:
-        gold = _gold(row["answer"])
+        gold = gold_of(row["answer"])
         if gold is None:
             return Verdict(None, "unparseable_gold", detail=f"the gold answer {row['answer']!r:.200}")
-        answers = _extract(completion)
+        answers = answers_of(completion)
         if not answers or not answers[-1]:
             return Verdict(0.0, "no_answer")
         answer = answers[-1]
@@ -301,7 +183,7 @@ class Reward(Verifier):
                 return Verdict(0.0, "resource", detail=refusal)
             # NFKC makes braces of their look-alikes, which must not open a second box. The gold passes the guard as
             # well: a row that would hang the comparison is compared as text alone.
-            readable = _fits_a_box(text) and refuse(gold_text) is None
+            readable = fits_a_box(text) and refuse(gold_text) is None
             correct = self._same(gold_text, text, symbolic) if readable else False
         return None if correct is None else Verdict(float(correct), "ok" if correct else "wrong", canonical)
 
@@ -309,77 +191,59 @@ class Reward(Verifier):
         """Whether two normalised answers are equal; None where `symbolic` decides and does not say."""
         if _same_text(gold, answer):
             return True
-        gold, answer = (match[1] if (match := _BUILDER.fullmatch(text)) else text for text in (gold, answer))
+        gold, answer = without_builder(gold), without_builder(answer)
         without_ranges = _without_ranges(gold, answer)
         if without_ranges is None:
             return False
         gold, answer = without_ranges
-        branches, others = _branches(gold), _branches(answer)
-        if branches and others:
-            names = {name for name in (branches[0], others[0]) if name}
-            same_branch = partial(self._same_branch, symbolic=symbolic)
-            return (
-                len(names) < 2 and len(branches[1]) == len(others[1]) and _matched(branches[1], others[1], same_branch)
-            )
+        by_cases, others = cases(gold), cases(answer)
+        if by_cases and others:
+            (name, branches), (other_name, other_branches) = by_cases, others
+            if name and other_name and name != other_name:
+                return False
+            return _matched(branches, other_branches, partial(self._same_in_order, symbolic=symbolic))
         gold, answer = _without_names(gold, answer)
         points = _without_point_names(gold, answer)
         if points is None:
             return False
         gold, answer = points
-        whole, other = _shape(gold), _shape(answer)
+        whole, other = shape(gold), shape(answer)
         kinds = {whole.kind, other.kind}
         if kinds == {"one"}:
-            parts = () if _RELATION.search(gold) else _split(answer, _EQUALS)
-            values = [part for part in parts if not _LETTERS.search(_COMMAND.sub("", _value(part)))]
-            if len(parts) > 1 and values:  # to math-verify, 6=5 is 5
-                each = [self._same_element(gold, value, symbolic) for value in values]
-                return False if False in each else None if None in each else True
+            values = [] if is_relation(gold) else plain_sides(answer)
+            if values:  # to math-verify, 6=5 is 5
+                return _every([self._same_element(gold, value, symbolic) for value in values])
             return self._same_element(gold, answer, symbolic)
         if "one" in kinds:
             one, many = (whole, other) if whole.kind == "one" else (other, whole)
             if many.kind == "set" and len(many.parts) == 1:
                 return self._same(whole.parts[0], other.parts[0], symbolic)
             # A relation may describe an interval, and a symbol a set.
-            return symbolic(gold, answer) if _RELATION.search(one.parts[0]) else False
+            return symbolic(gold, answer) if is_relation(one.parts[0]) else False
         if not _comparable(whole, other):
             return False
         golds, answers = whole.parts, other.parts
         if "set" in kinds:
             golds, answers = _distinct(golds), _distinct(answers)
-        if len(golds) != len(answers):
-            return False
         in_order = {"strict": ("tuple", "list"), "kind": ("tuple",), "ignored": ()}[self.options.order]
         kind = "tuple" if "tuple" in kinds else whole.kind
         if "set" in kinds or kind not in in_order:
-            return _matched(golds, answers, lambda one, other: self._same(one, other, symbolic))
-        found: bool | None = True
-        for pair in zip(golds, answers, strict=True):
-            same = self._same(*pair, symbolic)
-            if same is False:
-                return False
-            found = found and same
-        return found
+            return _matched(golds, answers, partial(self._same, symbolic=symbolic))
+        return len(golds) == len(answers) and self._same_in_order(golds, answers, symbolic)
 
-    def _same_branch(self, gold: str, answer: str, symbolic: Symbolic) -> bool | None:
-        """Whether two branches of a function by cases have the same value under the same condition."""
-        found: bool | None = True
-        for pair in zip(_split(gold, _COLUMN), _split(answer, _COLUMN), strict=True):
-            same = self._same(*pair, symbolic)
-            if same is False:
-                return False
-            found = found and same
-        return found
+    def _same_in_order(self, golds: Sequence[str], answers: Sequence[str], symbolic: Symbolic) -> bool | None:
+        """Whether the parts are equal one by one; a branch of `cases` has two, its value and its condition."""
+        return _every(self._same(gold, answer, symbolic) for gold, answer in zip(golds, answers, strict=True))
 
     def _same_element(self, gold: str, answer: str, symbolic: Symbolic) -> bool | None:
-        times = _CLOCK.fullmatch(gold), _CLOCK.fullmatch(answer)
-        if any(time and time[2] and (time[3] or time[4]) for time in times):
+        times = clock(gold), clock(answer)
+        if any(time and time.minute is not None and time.half for time in times):
             return self._same_time(*times)
-        gold, gold_percent = _without_percent(gold)
-        answer, percent = _without_percent(answer)
-        gold, gold_unit = _without_unit(gold)
-        answer, unit = _without_unit(answer)
-        policy = self.options.units
-        if gold_unit != unit and (policy == "required" or (policy == "optional" and gold_unit and unit)):
+        gold, gold_percent = without_percent(gold)
+        answer, percent = without_percent(answer)
+        gold, gold_unit = without_unit(gold)
+        answer, unit = without_unit(answer)
+        if self._units_differ(gold_unit, unit):
             return False
         if gold_percent == percent:
             return self._same_value(gold, answer, symbolic)
@@ -389,17 +253,16 @@ class Reward(Verifier):
         either = self._same_value(gold, answer, symbolic)
         return either if either or found is False else None
 
-    def _same_time(self, gold: re.Match[str] | None, answer: re.Match[str] | None) -> bool:
+    def _same_time(self, gold: Time | None, answer: Time | None) -> bool:
         """Whether two clock times are the same; `a.m.` and `p.m.` are units."""
-        if gold is None or answer is None:
+        if gold is None or answer is None or self._units_differ(gold.half, answer.half):
             return False
-        (hour, minute, half), (other_hour, other_minute, other_half) = (
-            (int(time[1]), int(time[2] or 0), (time[3] or time[4] or "").casefold()) for time in (gold, answer)
-        )
+        return (gold.hour, gold.minute or 0) == (answer.hour, answer.minute or 0)
+
+    def _units_differ(self, gold: str, answer: str) -> bool:
+        """Whether units, empty where there are none, differ as the options forbid."""
         policy = self.options.units
-        if half != other_half and (policy == "required" or (policy == "optional" and half and other_half)):
-            return False
-        return (hour, minute) == (other_hour, other_minute)
+        return gold != answer and (policy == "required" or (policy == "optional" and gold != "" and answer != ""))
 
     def _same_value(
         self, gold: str, answer: str, symbolic: Symbolic, *, gold_percent: bool = False, percent: bool = False
@@ -413,12 +276,12 @@ class Reward(Verifier):
             return False  # to math-verify, 0.333... is 0.333
         if len(_PRIME.findall(gold)) != len(_PRIME.findall(answer)):
             return False  # to math-verify, f' is f
-        ours, theirs = _symbols(gold), _symbols(answer)
+        ours, theirs = symbols(gold), symbols(answer)
         if any(symbol.swapcase() in ours - theirs for symbol in theirs - ours):
             return False  # to math-verify, 2a is 2A
         gold_value, value = number(gold), number(answer)
         if gold_value is None or value is None:
-            surds = _surd(gold), _surd(answer)
+            surds = surd(gold), surd(answer)
             if surds[0] and surds[1] and gold_percent == percent and self.options.rounding is None:
                 return surds[0] == surds[1]
             hundredth = r"\frac{%s}{100}"
@@ -441,9 +304,13 @@ class Reward(Verifier):
         gold_parsed, answer_parsed = _parse(gold), _parse(answer)
         if not gold_parsed or not answer_parsed:
             return False
+        first = gold_parsed[0], answer_parsed[0]
+        if any(map(_boundless, first)) and all(map(_is_value, first)):  # to math-verify, infinity may be any number
+            values = list(map(_worked_out, first))
+            if any(map(_boundless, values)):
+                return bool(values[0] == values[1])
         if verify_now(gold_parsed, answer_parsed):
             return True
-        first = gold_parsed[0], answer_parsed[0]
         if any(map(_named_i, first)):
             found = list(map(_imaginary, first))
             if None not in found and verify_now(*found):
@@ -454,108 +321,8 @@ class Reward(Verifier):
         return gold_value is not None and value is not None and self._close(gold_value, value)
 
 
-def _symbols(text: str) -> set[str]:
-    r"""The letters that stand alone or in pairs, of which words have more; of a command its beginning, as `\s`."""
-    text = _TEXT.sub(" ", text)
-    commands = {command[:2] for command in _COMMAND.findall(text)}
-    return commands | set("".join(_VARIABLES.findall(_COMMAND.sub(" ", text))))
-
-
 def _undecided(gold: str, answer: str) -> None:
     """Leave it to a worker."""
-
-
-def _gold(answer: Any) -> str | None:
-    """The gold answer as text; `None` when no box could hold it."""
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        return None
-    text = str(answer).strip()
-    boxes = _boxes(text)
-    text = boxes[-1].strip() if boxes else text
-    return text if normalise(text) and _fits_a_box(text) else None
-
-
-def _fits_a_box(text: str) -> bool:
-    return _boxes(rf"\boxed{{{text}}}") == [text]
-
-
-def _extract(completion: str) -> list[str]:
-    """The contents of all boxes, in order; none where there is no answer."""
-    text = after_thinking(completion)
-    if text is None:
-        return []
-    answers = _boxes(text)
-    if not answers:
-        bare = text.strip()
-        return [bare] if len(bare) <= MAX_LENGTH and number(normalise(bare)) is not None else []
-    return [_innermost(answer).strip() for answer in answers]
-
-
-def _innermost(answer: str) -> str:
-    while len(answer) <= MAX_LENGTH and (inner := _boxes(answer)):
-        answer = inner[-1]
-    return answer
-
-
-def _boxes(text: str) -> list[str]:
-    r"""The contents of every balanced `\boxed{}` that is in no other, in order. Linear in the text."""
-    open_braces: list[int | None] = []  # where the contents of a box start; None for a plain brace
-    found: list[tuple[int, int]] = []
-    for match in _BRACE.finditer(text):
-        token = match[0]
-        if token == "{":
-            open_braces.append(None)
-        elif token == "}":
-            start = open_braces.pop() if open_braces else None
-            if start is not None:
-                while found and found[-1][0] > start:
-                    found.pop()
-                found.append((start, match.start()))
-        elif token.startswith(r"\boxed"):
-            open_braces.append(match.end())
-    return [text[start:end] for start, end in found]
-
-
-def normalise(text: str) -> str:
-    """One spelling for what means the same: NFKC, LaTeX layout and white space without meaning removed."""
-    text = _SCRIPT.sub(_unscript, text).translate(_SYMBOLS)
-    text = unicodedata.normalize("NFKC", text)
-    text = _FULL_STOP.sub("", " ".join(_LAYOUT.sub("", text).split()))
-    whole_text = _TEXT.fullmatch(text)
-    if whole_text:
-        text = _FULL_STOP.sub("", whole_text[1].strip())
-    text = _WORDS.sub(r"\\text{\1}", text)
-    text = _SPELLED.sub(lambda match: "\\" + _SPELLINGS[match[1]], text)
-    text = _NATURAL.sub(r"\\ln ", text)
-    text = _COLON_TEXT.sub(":", _UNIT_VECTOR.sub(_letter, _UNIT_VECTOR.sub(_letter, text)))
-    text = re.sub(r"(?<=[0-9])( e )(?=[-+ ]*[0-9])", r" \\cdot\1", _UPRIGHT.sub(_letter, text))  # 2e-5 is a number
-    text = _SPACE.sub(lambda match: match[1] or "", text)
-    if text.casefold() in ("allrealnumbers", "allreals"):
-        return r"\mathbb{R}"
-    # The braces that LaTeX lets one leave out.
-    text = re.sub(r"\\(frac|binom) ?([0-9]|(?<= )[A-Za-z]|\\(?:pi|alpha|beta|theta)(?![A-Za-z])) ?", r"\\\1{\2}", text)
-    text = re.sub(r"(\\(?:frac|binom)\{[^{}]*\}|\\sqrt\[[0-9A-Za-z]\])([0-9A-Za-z])", r"\1{\2}", text)
-    return text if _MIXED.fullmatch(text) else _MIXED_FACTOR.sub(_unmixed, text)
-
-
-def _letter(match: re.Match[str]) -> str:
-    # The spaces keep it apart from a command before it.
-    return f" {next(filter(None, match.groups()))} "
-
-
-def _unmixed(match: re.Match[str]) -> str:
-    whole, top, bottom = map(int, match.groups())
-    return rf"\frac{{{whole * bottom + top}}}{{{bottom}}}"
-
-
-def _unscript(match: re.Match[str]) -> str:
-    # NFKC alone would turn 2² into 22 and 1½ into 11/2.
-    superscript, subscript, vulgar = match.groups()
-    if vulgar:
-        top, _, bottom = unicodedata.normalize("NFKC", vulgar).partition("⁄")
-        return rf"\frac{{{top}}}{{{bottom}}}"
-    sign = "^" if superscript else "_"
-    return f"{sign}{{{unicodedata.normalize('NFKC', superscript or subscript)}}}"
 
 
 def _same_text(one: str, other: str) -> bool:
@@ -567,226 +334,55 @@ def _same_text(one: str, other: str) -> bool:
     return bool(_CHOICE.fullmatch(one) or _CHOICE.fullmatch(other)) and one.strip("()") == other.strip("()")
 
 
-def number(text: str) -> Fraction | None:
-    """The exact value of a normalised number: integer, decimal, fraction of the two, mixed, repeating, a·10^n, 1e5.
-
-    `None` for anything else.
-    """
-    if len(text) > MAX_LENGTH or not text or text[0] not in "+-.0123456789\\":
-        return None
-    if _THOUSANDS.fullmatch(text):
-        text = re.sub("[{}, ]", "", text)
-    if match := _NUMBER.fullmatch(text):
-        sign, whole, divisor, top, bottom = match.groups()
-        denominator = Fraction(divisor or bottom or 1)
-        if not denominator:
-            return None
-        value = Fraction(whole or top) / denominator
-    elif match := _MIXED.fullmatch(text):
-        sign, whole, top, bottom = match.groups()
-        if not int(bottom):
-            return None
-        value = int(whole) + Fraction(int(top), int(bottom))
-    elif match := _REPEATING.fullmatch(text):
-        sign, whole, digits, repeated = match.groups()
-        nines = 10 ** len(repeated) - 1
-        value = Fraction(int((whole + digits) or "0") * nines + int(repeated), nines * 10 ** len(digits))
-    elif match := _SCIENTIFIC.fullmatch(text):
-        sign, factor, braced, plain, mantissa, power = match.groups()
-        exponent = int(braced or plain or power)
-        if abs(exponent) > MAX_SCALE:
-            return None
-        value = Fraction(factor or mantissa or 1) * Fraction(10) ** exponent
-    else:
-        return None
-    return -value if sign == "-" else value
-
-
-def _surd(text: str) -> tuple[Fraction, int] | None:
-    r"""A normalised q·√r·π^k, with q and r rational, as its square, with its sign, and k: equal exactly where it is.
-
-    `None` for anything else.
-    """
-    value = number(text)
-    if value is not None:
-        return value * abs(value), 0
-    if match := _PRODUCT.fullmatch(text):
-        sign, factor, braced, plain, pi = match.groups()
-        if not (braced or plain or pi):
-            return None
-        value = number(factor or "1")
-        if value is None:
-            return None
-        square = value * abs(value) * Fraction(braced or plain or 1)
-        return (-square if sign == "-" else square), int(bool(pi and square))
-    sign, text = (text[0], text[1:]) if text[:1] in ("-", "+") else ("", text)
-    if text.startswith(r"\frac{"):
-        top, end = _group(text, len(r"\frac"))
-        bottom, end = _group(text, end)
-        whole = end == len(text)
-    else:
-        top, _, bottom = text.rpartition("/")
-        whole = bool(top) and re.fullmatch(_DECIMAL, bottom) is not None  # 1/2π may mean either
-    if not whole:
-        return None
-    above, below = (_surd(part.removeprefix("{").removesuffix("}")) for part in (top, bottom))
-    if above is None or below is None or not below[0]:
-        return None
-    square = above[0] / below[0]
-    return (-square if sign == "-" else square), above[1] - below[1] if square else 0
-
-
 def _without_names(gold: str, answer: str) -> tuple[str, str]:
     """Both without `x =`, where both have the same, or the other is no relation."""
-    gold_name, name = _ASSIGNED.fullmatch(gold), _ASSIGNED.fullmatch(answer)
-    if gold_name and name:
-        return (gold_name[2], name[2]) if gold_name[1] == name[1] else (gold, answer)
-    if gold_name and not _RELATION.search(answer):
-        return gold_name[2], answer
-    if name and not _RELATION.search(gold):
-        return gold, name[2]
+    gold_named, named = assigned(gold), assigned(answer)
+    if gold_named and named:
+        return (gold_named[1], named[1]) if gold_named[0] == named[0] else (gold, answer)
+    if gold_named and not is_relation(answer):
+        return gold_named[1], answer
+    if named and not is_relation(gold):
+        return gold, named[1]
     return gold, answer
-
-
-def _range(text: str) -> tuple[str, str, str] | None:
-    r"""What stands before a condition like `k\in\mathbb{Z}`, its letter, and its set; `None` where there is none."""
-    match = _RANGED.search(text)
-    if match is None or not match.start():
-        return None
-    positive = re.search(rf"(?:{_POSITIVE})\)?$", match[0])
-    return text[: match.start()], match[1] or match[2], "N*" if positive else "Z" if "Z" in match[0] else "N"
 
 
 def _without_ranges(gold: str, answer: str) -> tuple[str, str] | None:
     r"""Both without a condition like `k\in\mathbb{Z}`; `None` where they have different ones."""
-    ranges = gold_range, range_ = _range(gold), _range(answer)
+    ranges = gold_range, range_ = integer_range(gold), integer_range(answer)
     if gold_range and range_:
         return (gold_range[0], range_[0]) if gold_range[1:] == range_[1:] else None
     gold, answer = (
-        found[0] if found and not _narrows(*found[:2]) else text
+        found[0] if found and not narrows(*found[:2]) else text
         for text, found in zip((gold, answer), ranges, strict=True)
     )
     return gold, answer
 
 
-def _narrows(body: str, letter: str) -> bool:
-    """Whether a condition on the letter says more of `body`: of an inequality, or an equation that is no `name =`."""
-    related = any(_RELATION.search(part) and not _ASSIGNED.fullmatch(part) for part in _split(body, _AND))
-    return related or letter not in _COMMAND.sub(" ", body)
-
-
-def _branches(text: str) -> tuple[str, tuple[str, ...]] | None:
-    r"""The name and the branches, as `value&condition`, of a function by `cases`; `None` where it is no such thing."""
-    match = _CASES.fullmatch(text)
-    if match is None:
-        return None
-    branches = []
-    for row in _split(match[2].removesuffix(r"\\"), _ROW):
-        columns = _split(row.rstrip(",;."), _COLUMN)
-        if len(columns) != 2:
-            return None
-        branches.append(f"{columns[0].rstrip(',;')}&{_IF.sub('', columns[1])}")
-    return match[1] or "", tuple(branches)
-
-
-def _point(text: str) -> tuple[str, str] | None:
-    """The name and the coordinates of `P(3,-4)`; a pair or triple without any digit, as `F(x,y)`, is no point."""
-    match = _POINT.match(text)
-    if match is None:
-        return None
-    coordinates = text[match.end() - 1 :]
-    shape = _shape(coordinates)
-    point = shape.brackets == "()" and len(shape.parts) in (2, 3) and r"\infty" not in coordinates
-    return (match[1], coordinates) if point and _digits(coordinates) else None
-
-
 def _without_point_names(gold: str, answer: str) -> tuple[str, str] | None:
     """Both without the name of a point, where the other has none but coordinates; `None` where the names differ."""
-    gold_point, point = _point(gold), _point(answer)
+    gold_point, point = named_point(gold), named_point(answer)
     if gold_point and point:
         return (gold_point[1], point[1]) if gold_point[0] == point[0] else None
-    if gold_point and _shape(answer).kind in ("tuple", "list"):
+    if gold_point and shape(answer).kind in ("tuple", "list"):
         # C(5,2) and P(5,2) may count combinations and permutations.
         counts = re.fullmatch(r"[CP]\(([0-9]{1,9}),([0-9]{1,9})\)", gold)
         return (gold if counts and int(counts[1]) >= int(counts[2]) else gold_point[1]), answer
-    if point and _shape(gold).kind in ("tuple", "list"):
+    if point and shape(gold).kind in ("tuple", "list"):
         return gold, point[1]
     return gold, answer
 
 
-def _shape(text: str) -> _Shape:
-    text = _MEMBER.sub("", _ANGLES.sub(lambda match: "()"[match[1] == "r"], text), count=1)
-    if r"\begin" in text or number(_value(text)) is not None:
-        return _Shape("one", (text,))
-    united = _split(text, _UNION)
-    if len(united) > 1:
-        return _Shape("union", united)
-    if text == r"\emptyset":
-        return _Shape("set", ())
-    opening = _OPENING.match(text)
-    closing = _CLOSING.search(text)
-    if opening and closing and _closes_last(text):
-        inside = text[opening.end() : closing.start()]
-        parts = _split(inside, _COMMA)
-        if opening[0] == r"\{" and not _CONDITION.search(inside):
-            return _Shape("set", _both_signs(parts) if inside else ())
-        if len(parts) > 1:
-            return _Shape("tuple", parts, opening[0] + closing[0])
-    alternatives = _split(text, _OR)
-    if len(alternatives) > 1 and all(map(_INEQUALITY.fullmatch, alternatives)):
-        return _Shape("union", alternatives)
-    parts = _both_signs(_split(text, _AND))
-    if len(parts) == 1 and len(ratio := _split(text, _COLON)) > 2:  # to math-verify, 2:3:5 is 2/3/5, as is 2:5:3
-        return _Shape("tuple", ratio, "::")
-    return _Shape("list", parts) if len(parts) > 1 else _Shape("one", (text,))
-
-
-def _both_signs(parts: Sequence[str]) -> tuple[str, ...]:
-    r"""The parts, those with one `\pm` with `+` and with `-`."""
-    found: list[str] = []
-    for part in parts:
-        signs = "+-" if len(_PLUS_MINUS.findall(part)) == 1 else ""
-        found += [_PLUS_MINUS.sub(sign, part).removeprefix("+") for sign in signs] or [part]
-    return tuple(found)
-
-
-def _split(text: str, separator: re.Pattern[str]) -> tuple[str, ...]:
-    """The parts between separators that are in no brackets; all of it where one part is empty."""
-    parts: list[str] = []
-    depth = start = position = 0
-    while position < len(text):
-        match = separator.match(text, position) if not depth else None
-        if match:
-            parts.append(text[start : match.start()])
-            start = position = match.end()
-            continue
-        depth += (text[position] in "([{") - (text[position] in ")]}")
-        position += 1
-    parts.append(text[start:])
-    return tuple(parts) if all(parts) and not depth else (text,)
-
-
-def _closes_last(text: str) -> bool:
-    """Whether the first bracket is closed by the last one."""
-    depth = 0
-    for position, character in enumerate(text):
-        depth += (character in "([{") - (character in ")]}")
-        if not depth and character in ")]}":
-            return position == len(text) - 1
-    return False
-
-
-def _comparable(gold: _Shape, answer: _Shape) -> bool:
+def _comparable(gold: Shape, answer: Shape) -> bool:
     """Whether two things of several parts are of kinds that can be equal."""
     if gold.kind == answer.kind:
         return gold.kind != "tuple" or len(gold.parts) > 2 or gold.brackets == answer.brackets
     if {gold.kind, answer.kind} == {"list", "set"}:
         return True
     if {gold.kind, answer.kind} == {"list", "union"}:
-        return all(map(_INEQUALITY.fullmatch, gold.parts + answer.parts))
+        return all(map(is_inequality, gold.parts + answer.parts))
     if gold.kind == "list" and answer.kind == "tuple" and answer.brackets == "()":  # x=3,y=-2 is a point
-        names = [match[1] for match in map(_ASSIGNED.fullmatch, gold.parts) if match]
-        return len(set(names)) == len(gold.parts)
+        names = {found[0] for found in map(assigned, gold.parts) if found}
+        return len(names) == len(gold.parts)
     return gold.kind == "tuple" and answer.kind == "list" and gold.brackets == "()"
 
 
@@ -795,8 +391,22 @@ def _distinct(parts: Sequence[str]) -> tuple[str, ...]:
     return tuple(values.values())
 
 
-def _matched(golds: Sequence[str], answers: Sequence[str], same: Symbolic) -> bool | None:
+def _every(found: Iterable[bool | None]) -> bool | None:
+    """Whether all are true: False from the first that is not, else None where one is undecided."""
+    undecided = False
+    for each in found:
+        if each is False:
+            return False
+        undecided = undecided or each is None
+    return None if undecided else True
+
+
+def _matched(
+    golds: Sequence[PartT], answers: Sequence[PartT], same: Callable[[PartT, PartT], bool | None]
+) -> bool | None:
     """Whether the parts can be paired so that all pairs are equal."""
+    if len(golds) != len(answers):
+        return False
     left = list(answers)
     found: bool | None = True
     for gold in golds:
@@ -814,58 +424,6 @@ def _matched(golds: Sequence[str], answers: Sequence[str], same: Symbolic) -> bo
     return found
 
 
-def _without_percent(text: str) -> tuple[str, bool]:
-    match = _PERCENT.search(text)
-    return (text[: match.start()], True) if match and match.start() else (text, False)
-
-
-def _without_unit(text: str) -> tuple[str, str]:
-    """The value, and the unit in one spelling; empty where there is none."""
-    currency = _CURRENCY.match(text)
-    if currency and len(text) > 1:
-        return text[1:], _unit(currency[0], "")
-    base = _BASE.search(text)
-    if base:
-        return text[: base.start()], f"base {base[1] or base[2]}"
-    modulus = _MODULUS.search(text)
-    if modulus and modulus.start():
-        return text[: modulus.start()], f"mod {modulus[1] or modulus[2]}"
-    degrees = _DEGREES.search(text)
-    if degrees and degrees.start() and not _FUNCTION.search(text):
-        return text[: degrees.start()], f"degree{degrees[1] or degrees[2] or ''}"
-    labels = _LABELS.search(text)
-    if labels and labels.start():
-        units = [_unit(label, braced or power) for label, braced, power in _ONE_LABEL.findall(labels[0])]
-        return text[: labels.start()], "/".join(units)
-    bare = _BARE.search(text)
-    if bare:
-        return text[: bare.start()], _unit(bare[1], bare[2] or bare[3] or "")
-    return text, ""
-
-
-def _value(text: str) -> str:
-    """Without percent sign and unit."""
-    return _without_unit(_without_percent(text)[0])[0]
-
-
-def _unit(label: str, power: str) -> str:
-    """`squarecm`, `cm` with power 2, `m/s^2`: centimeter^2, centimeter^2, meter/second^2.
-
-    A power is that of the last word, unless that has one of its own.
-    """
-    units = []
-    for written in re.split(r"/|(?<=[a-z])per(?=[a-z])", label.casefold()):
-        raised = re.search("[0-9]$", written)
-        own = raised[0] if raised else ""
-        word = re.sub(r"[^A-Za-z€£¥₹°]", "", written)
-        for prefix, rank in (("square", "2"), ("sq", "2"), ("cubic", "3"), ("cu", "3")):
-            rest = word.removeprefix(prefix)
-            if rest != word and rest in _UNIT and rest not in ("unit", "units"):
-                word, own = rest, rank
-        units.append(_UNIT.get(word, word.removesuffix("s")) + (f"^{own}" if own else ""))
-    return "/".join(units) + (f"^{power}" if power and not own else "")
-
-
 def refuse(text: str) -> str | None:
     """Why a normalised answer is too dangerous for sympy; `None` when it is not, as far as can be seen at a glance."""
     if len(text) > MAX_LENGTH:
@@ -876,9 +434,9 @@ def refuse(text: str) -> str | None:
         return "a sum, product or integral left to compute"
     text = text.replace(r"\{", "(").replace(r"\}", ")")
     for match in _BINOMIAL.finditer(text):
-        top, end = _group(text, match.end())
-        bottom, _ = _group(text, end)
-        if any(_digits(part) > MAX_FACTORIAL_DIGITS or set("^!") & set(part) for part in (top, bottom)):
+        top, end = group(text, match.end())
+        bottom, _ = group(text, end)
+        if any(count_digits(part) > MAX_FACTORIAL_DIGITS or set("^!") & set(part) for part in (top, bottom)):
             return f"a binomial coefficient of more than {MAX_FACTORIAL_DIGITS} digits"
     return _refuse_factorial(text) or _refuse_powers(text)
 
@@ -887,9 +445,9 @@ def _refuse_factorial(text: str) -> str | None:
     for match in re.finditer(r"!(?!=)", text):
         before = text[: match.start()]
         if before.endswith(("!", ")", "]", "}")):
-            before = before[_opening(before) :]
+            before = before[opens(before) or 0 :]
             # Anything that grows under the factorial is refused; (2n+1)! is not.
-            if before.startswith("!") or set("^!") & set(before) or _digits(before) > MAX_FACTORIAL_DIGITS:
+            if before.startswith("!") or set("^!") & set(before) or count_digits(before) > MAX_FACTORIAL_DIGITS:
                 return "a factorial of more than a plain number"
         elif len(before) - len(before.rstrip("0123456789.")) > MAX_FACTORIAL_DIGITS:
             return f"a factorial of more than {MAX_FACTORIAL_DIGITS} digits"
@@ -911,48 +469,20 @@ def _refuse_powers(text: str) -> str | None:
             weights[-2:] = [max(weights[-2:])]
         elif character == "^":
             grouped = position >= 2 and text[position - 2] in ")]}"
-            exponent, position = _group(text, position)
+            exponent, position = group(text, position)
             if text[position : position + 1] == "^" or set("^!") & set(exponent):
                 return "a power tower"
-            weight = _digits(exponent) + (weights[-1] if grouped else 0)
+            weight = count_digits(exponent) + (weights[-1] if grouped else 0)
             if weight > MAX_EXPONENT_DIGITS:
                 return f"an exponent of more than {MAX_EXPONENT_DIGITS} digits"
             weights[-1] = max(weights[-1], weight)
     return None
 
 
-def _group(text: str, start: int) -> tuple[str, int]:
-    """The LaTeX argument at `start` (a braced group, a command or one character) and the position behind it."""
-    if text[start : start + 1] != "{":
-        command = _COMMAND.match(text, start)
-        end = command.end() if command else min(start + 1, len(text))
-        return text[start:end], end
-    depth = 0
-    for position in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if not depth:
-            return text[start : position + 1], position + 1
-    return text[start:], len(text)
-
-
-def _opening(text: str) -> int:
-    """Where the bracket that closes at the end of `text` opens; 0 when it never does."""
-    depth = 0
-    for position in range(len(text) - 1, -1, -1):
-        depth += 1 if text[position] in ")]}" else -1 if text[position] in "([{" else 0
-        if not depth:
-            return position
-    return 0
-
-
-def _digits(text: str) -> int:
-    return sum(character in "0123456789" for character in text)
-
-
 @lru_cache(maxsize=1024)
 def _parse(answer: str) -> list[Any]:
     """What math-verify reads in `answer`, as sympy objects; empty when it reads nothing."""
-    if not _fits_a_box(answer):  # a part of an answer, cut at a brace: math-verify would read what stands before
+    if not fits_a_box(answer):  # a part of an answer, cut at a brace: math-verify would read what stands before
         return []
     from latex2sympy2_extended import NormalizationConfig  # type: ignore[import-untyped]
     from math_verify import LatexExtractionConfig, parse
@@ -967,10 +497,8 @@ def _parse(answer: str) -> list[Any]:
         try_extract_without_anchor=False,
         normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="last"),
     )
-    if _FUNCTION.search(answer):  # degrees are no unit there
-        answer = _DEGREE.sub(r"(\\frac{\1\\pi}{180})", answer)
     parsed: list[Any] = parse(
-        rf"\boxed{{{answer}}}",
+        rf"\boxed{{{in_radians(answer)}}}",
         extraction_config=[only_boxes],
         fallback_mode="no_fallback",
         extraction_mode="first_match",
@@ -994,6 +522,30 @@ def _imaginary(expression: Any) -> Any:
         raise
     except Exception:  # whatever sympy says of a model's text: a completion must not choose to go unjudged
         return None
+
+
+def _is_value(expression: Any) -> bool:
+    """Whether a sympy object is no set, relation or the like."""
+    from sympy import Expr
+
+    return isinstance(expression, Expr)
+
+
+def _boundless(expression: Any) -> bool:
+    """Whether a sympy object holds an infinity, or what has no value."""
+    from sympy import Basic, nan, oo, zoo
+
+    return isinstance(expression, Basic) and expression.has(oo, -oo, zoo, nan)
+
+
+def _worked_out(expression: Any) -> Any:
+    """What a sympy object comes to; itself where sympy cannot say."""
+    try:
+        return expression.doit()
+    except MemoryError:
+        raise
+    except Exception:  # as above
+        return expression
 
 
 def _evaluate(expression: Any) -> Fraction | None:
