@@ -19,6 +19,7 @@ from torch import Tensor
 from trl import GRPOTrainer as TRLTrainer
 
 from posttrain.errors import UserError
+from posttrain.launch.spawn import leave
 from posttrain.objectives.targets import (
     NAMES,
     check,
@@ -527,3 +528,4 @@ def test_a_group_across_two_processes_is_one_group(tiny_model: str, tmp_path: Pa
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

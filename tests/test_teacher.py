@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from posttrain.errors import UserError
+from posttrain.launch.spawn import leave
 from posttrain.launch.warm_start import character_tokenizer
 from posttrain.rollouts import teacher as teacher_module
 from posttrain.rollouts.engine import Score
@@ -838,3 +839,4 @@ def test_a_server_says_what_the_model_says(served: tuple[str, str]) -> None:
 
 if __name__ == "__main__":
     partitioned(sys.argv[1])
+    leave(0)

@@ -34,6 +34,7 @@ from posttrain import tasks
 from posttrain.errors import UserError
 from posttrain.launch import pipeline
 from posttrain.launch.pipeline import _dataset
+from posttrain.launch.spawn import leave
 from posttrain.objectives.divergences import token_divergence
 from posttrain.recipe import Pairs, Presample
 from posttrain.rewards import RewardFunction, Verdict
@@ -766,3 +767,4 @@ def test_a_whole_job_rehearses_what_it_has_seen(
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.errors import UserError
+from posttrain.launch.spawn import leave
 from posttrain.launch.warm_start import character_tokenizer, small_model
 from posttrain.recipe import Lora, Vllm, WarmStart
 from posttrain.rollouts.engine import EngineError, Sample, SamplingParams
@@ -575,3 +576,4 @@ def ranks(folder: str) -> None:
 
 if __name__ == "__main__":
     {"cycles": cycles, "ranks": ranks}[sys.argv[1]](sys.argv[2])
+    leave(0)
