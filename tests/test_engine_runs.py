@@ -61,6 +61,7 @@ def test_a_run_on_colocated_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pipeline.run(recipes.load(str(path), settings[1::2]), out, resume=False, command="")
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_costs_nothing(tmp_path: Path) -> None:
     """Two processes on it: one sentence with address, call and version, a checkpoint, and `--resume` ends the run."""
     long = json.loads(json.dumps(SMALL["method"]))

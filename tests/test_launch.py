@@ -301,3 +301,10 @@ leave(0)
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script), str(tmp_path)]
     finish([sys.executable, *command])
     assert {(tmp_path / rank).read_text() for rank in "01"} == {"handlers ran"}
+
+
+def test_scripts_of_several_processes_leave_so() -> None:
+    for path in Path(__file__).parent.glob("*.py"):
+        text = path.read_text()
+        if "destroy_process_group()\n" in text and '__name__ == "__main__"' in text:
+            assert text.endswith("leave(0)\n"), path.name
