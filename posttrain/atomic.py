@@ -8,16 +8,16 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from posttrain.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A hidden file beside `path` that takes its place when the block ends, and is gone when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -36,7 +36,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that readers see the old content or the new one, never a part of it."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -47,7 +47,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file whole or not at all."""
-    with _replacing(path) as temporary:
+    import pyarrow.parquet as pq  # slow to import, and text needs none of it
+
+    with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
 
@@ -104,6 +106,9 @@ class Parts:
         Raises:
             FileNotFoundError: one is missing.
         """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         return pa.concat_tables([pq.read_table(self._path(index)) for index in range(count)])
 
     def remove(self) -> None:

@@ -28,7 +28,7 @@ from posttrain.rewards import RewardFunction
 from posttrain.seams.on_policy import Tokens
 from posttrain.trainers.apo import AsymmetricPOConfig, AsymmetricPOTrainer
 from tests.oracle import StartsWithDigit, arguments, batch, dataset, length_reward, value_and_gradient
-from tests.test_distributed import launch
+from tests.processes import launch
 from tests.two_asymmetric import finished, measure
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")

@@ -36,7 +36,7 @@ from posttrain.rewards import Verdict, Verifier, _runner, _sandbox, _suites, _wo
 from posttrain.rewards._sandbox import TIERS, Limits, Probe, Sandbox, Stopped, Tier
 from posttrain.tasks import code as task_code
 from tests.patience import LATE, SOON, eventually, unhurried
-from tests.processes import ROOT, finish
+from tests.processes import ROOT, launch
 from tests.two_coders import PROGRAMS
 
 TIMEOUT, DEADLINE = 1.0, 4.0
@@ -772,9 +772,7 @@ def test_in_each_of_two_processes(tmp_path: Path, best: Tier) -> None:
     assert best != "none" or refused("landlock")
     if best == "none":
         return
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu", "--main_process_port", "0"]
-    finish([*command, "-m", "tests.two_coders", str(tmp_path)])
+    launch(2, ["-m", "tests.two_coders", str(tmp_path)])
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert found == [list(PROGRAMS.values())] * 2
     assert eventually(lambda: not programs_left())

@@ -20,17 +20,8 @@ from transformers import TrainerControl
 from posttrain.seams.callbacks import StopOnInterrupt
 from tests.oracle import make_store
 from tests.patience import eventually
-from tests.processes import ROOT, finish
+from tests.processes import ROOT, launch
 from tests.test_pipeline import write
-
-
-def launch(processes: int, arguments: list[str], **environment: str) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    if processes > 1:
-        # torchrun, with gloo where there is no GPU, at any free port: tests run side by side
-        command += ["--multi_gpu", "--main_process_port", "0"]
-    finish([*command, *arguments], **environment)
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])

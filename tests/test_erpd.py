@@ -50,7 +50,7 @@ from posttrain.seams.on_policy import Tokens
 from posttrain.seams.static import EpochOrder
 from posttrain.trainers.erpd import ERPDConfig, ERPDTrainer
 from tests.oracle import PROMPTS, arguments, dataset, length_reward, make_store, value_and_gradient
-from tests.test_distributed import launch
+from tests.processes import launch
 from tests.test_pairs import Answer, rows_of, write_store
 from tests.two_static import CASES, settings, train
 

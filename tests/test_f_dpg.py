@@ -31,7 +31,7 @@ from posttrain.objectives.targets import (
 )
 from posttrain.trainers.f_dpg import FDPGConfig, FDPGTrainer, Partition
 from tests.oracle import PROMPTS, arguments, batch, dataset, length_reward, perturb, value_and_gradient
-from tests.test_distributed import launch
+from tests.processes import launch
 
 # Generators f(u), u = π/p, in the scale of the pseudo-rewards, written independently of the package.
 GENERATORS: dict[tuple[str, float | None], Callable[[Tensor], Tensor]] = {

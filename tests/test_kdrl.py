@@ -28,8 +28,8 @@ from posttrain.seams.on_policy import Tokens
 from posttrain.trainers.grpo import GRPOTrainer
 from posttrain.trainers.kdrl import KDRLConfig, KDRLTrainer, normalised
 from tests.oracle import PROMPTS, arguments, batch, dataset, length_reward, value_and_gradient
+from tests.processes import launch
 from tests.teachers import Shifted, other_model
-from tests.test_distributed import launch
 from tests.two_teachers import measure
 
 

@@ -528,7 +528,7 @@ def half_written(*arguments: Any, **options: Any) -> None:
 
 def test_a_failed_write_keeps_the_old_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     atomic.write_table(tmp_path / "t.parquet", OLD)
-    monkeypatch.setattr(atomic.pq, "write_table", half_written)
+    monkeypatch.setattr(pq, "write_table", half_written)
     with pytest.raises(OSError, match="no space left"):
         atomic.write_table(tmp_path / "t.parquet", NEW)
     assert pq.read_table(tmp_path / "t.parquet").equals(OLD)
@@ -550,7 +550,7 @@ def test_a_part_exists_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(FileNotFoundError):
         parts.read(2)
     with monkeypatch.context() as patch:
-        patch.setattr(atomic.pq, "write_table", half_written)
+        patch.setattr(pq, "write_table", half_written)
         with pytest.raises(OSError, match="no space left"):
             parts.write(0, OLD)
     assert not parts.done(0)

@@ -25,7 +25,7 @@ from posttrain.rewards.instructions import NAMES
 from posttrain.rewards.language import prose
 from posttrain.rewards.length import cosine, group_relative, overlong
 from posttrain.rewards.repetition import repeated_share
-from tests.processes import finish
+from tests.processes import launch
 
 OVERLONG = {"max_tokens": 20, "cache": 4}
 COSINE = {"shape": "cosine", "max_tokens": 100, "verifier": "exact"}
@@ -193,17 +193,7 @@ class TestGroupRelative:
         """Groups of 4: two whole ones in each process train; two processes with half a group each refuse, both."""
         for answers, said in ((8, ""), (2, "compares 4 answers to a prompt (group_size), but was given 2 together")):
             output = tmp_path / f"{answers}.json"
-            command = [
-                sys.executable,
-                "-m",
-                "accelerate.commands.launch",
-                "--num_processes",
-                "2",
-                "--num_machines",
-                "1",
-            ]
-            command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu", "--main_process_port", "0"]
-            finish([*command, "-m", "tests.two_groups", tiny_model, str(output), str(answers), "4"])
+            launch(2, ["-m", "tests.two_groups", tiny_model, str(output), str(answers), "4"])
             found = json.loads(output.read_text())
             assert all(said in each and bool(each) == bool(said) for each in found["everyone"])
             assert len(found["history"]) == (0 if said else 1)

@@ -52,7 +52,7 @@ from posttrain.trainers.grpo import GRPOTrainer
 from posttrain.trainers.kdrl import KDRLConfig, KDRLTrainer
 from posttrain.trainers.rlad import RLADConfig, RLADTrainer
 from tests.oracle import PROMPTS, StartsWithDigit, arguments, length_reward, perturb, value_and_gradient
-from tests.test_distributed import launch
+from tests.processes import launch
 from tests.tiny_vision import FAMILIES, Seeing, colour, tiny_vision
 
 PAINTED = [range(number, number + 1 + number % 2) for number in range(len(PROMPTS))]

@@ -26,7 +26,7 @@ from posttrain.launch.pipeline import reward_functions
 from posttrain.rewards import RewardFunction, Verdict, Verifier, _workers, _zygote
 from tests.hostile import Hostile, Local, Needs, Options, Plain, RowFirst, Strange, hangs
 from tests.patience import SOON, eventually, gone, patient
-from tests.processes import ROOT, finish
+from tests.processes import ROOT, launch
 from tests.two_judges import WORDS
 
 DEADLINE = 0.5
@@ -470,9 +470,7 @@ def test_from_asyncio() -> None:
 
 
 def test_in_each_of_two_processes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu", "--main_process_port", "0"]
-    finish([*command, "-m", "tests.two_judges", str(tmp_path)])
+    launch(2, ["-m", "tests.two_judges", str(tmp_path)])
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     statuses = [HOSTILE.get(word, (1.0, "ok"))[1] for word in WORDS]
     assert [each["statuses"] for each in found] == [[statuses] * 2] * 2

@@ -9,13 +9,14 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from math import ceil
 from pathlib import Path
 from typing import IO, Annotated, Any
 
 import typer
 
+from posttrain import atomic
 from posttrain.cli.console import reported
 from posttrain.errors import UserError, did_you_mean
 from posttrain.recipe import parse_value
@@ -234,18 +235,13 @@ def _written(target: str) -> Iterator[IO[str]]:
         with Path(target).open("w", encoding="utf-8") as other:
             yield other
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = temporary.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}): correct --output.") from None
-    try:
-        with file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with ExitStack() as opened:
+        try:
+            temporary = opened.enter_context(atomic.replacing(path))
+            file = opened.enter_context(temporary.open("w", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{target} cannot be written ({error.strerror}): correct --output.") from None
+        yield file
 
 
 def _rows(lines: IO[bytes], name: str) -> Iterator[dict[str, Any]]:

@@ -53,23 +53,31 @@ class Task(CharacterTask):
 
     def _drawn(self) -> Iterator[tuple[str, Row]]:
         options = self.options
-        operands = range(10, options.max_operand + 1)
-        problems = [(a, sign, b) for sign in sorted(options.operations) for a in operands for b in operands]
-        random.Random(options.seed).shuffle(problems)
-        for problem in problems:
-            yield _identity(*problem), _row(*problem)
+        for problem in problems(options.operations, range(10, options.max_operand + 1), options.seed):
+            yield identity(self.name, *problem), _row(*problem)
+
+
+def problems(operations: Sequence[str], operands: range, seed: int) -> list[tuple[int, str, int]]:
+    """All problems of two operands, in an order that the seed decides."""
+    found = [(a, sign, b) for sign in sorted(operations) for a in operands for b in operands]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def result(a: int, sign: str, b: int) -> int:
+    """What a problem comes to."""
+    return {"+": a + b, "-": a - b, "*": a * b}[sign]
+
+
+def identity(task: str, a: int, sign: str, b: int) -> str:
+    """The key of a task's problem, with the operands of a commutative operation in order."""
+    first, second = (a, b) if sign == "-" else sorted((a, b))
+    return f"{task}:{first}{sign}{second}"
 
 
 def _row(a: int, sign: str, b: int) -> Row:
-    answer = {"+": a + b, "-": a - b, "*": a * b}[sign]
     return {
         "prompt": [{"role": "user", "content": f"{a}{sign}{b}="}],
         "key": f"arithmetic:{a}{sign}{b}",
-        "answer": str(answer),
+        "answer": str(result(a, sign, b)),
     }
-
-
-def _identity(a: int, sign: str, b: int) -> str:
-    """The key, with the operands of a commutative operation in order."""
-    first, second = (a, b) if sign == "-" else sorted((a, b))
-    return f"arithmetic:{first}{sign}{second}"

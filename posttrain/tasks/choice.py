@@ -21,6 +21,7 @@ from pydantic import Field, field_validator
 
 from posttrain.tasks import Row, TaskOptions
 from posttrain.tasks._characters import ALPHABET, CharacterTask
+from posttrain.tasks.arithmetic import identity, problems, result
 
 LABELS = "ABCD"
 _SIGNS = {"+": "+", "-": "−", "*": "×"}
@@ -71,16 +72,13 @@ class Task(CharacterTask):
 
     def _drawn(self) -> Iterator[tuple[str, Row]]:
         options = self.options
-        operands = range(11, options.max_operand + 1)
-        questions = [(a, sign, b) for sign in sorted(options.operations) for a in operands for b in operands]
-        random.Random(options.seed).shuffle(questions)
-        for question in questions:
-            yield _identity(*question), self._row(*question)
+        for problem in problems(options.operations, range(11, options.max_operand + 1), options.seed):
+            yield identity(self.name, *problem), self._row(*problem)
 
     def _row(self, a: int, sign: str, b: int) -> Row:
         key = f"choice:{a}{sign}{b}"
         draw = random.Random(f"{self.options.seed} {key}")
-        right = _result(a, sign, b)
+        right = result(a, sign, b)
         wrong = mistakes(a, sign, b)
         smaller, greater = [value for value in wrong if value < right], [value for value in wrong if value > right]
         rank = draw.randrange(len(LABELS))
@@ -114,7 +112,7 @@ def mistakes(a: int, sign: str, b: int) -> list[int]:
     At least three are smaller than the right one, and three greater.
     """
     (a_tens, a_ones), (b_tens, b_ones) = divmod(a, 10), divmod(b, 10)
-    right = _result(a, sign, b)
+    right = result(a, sign, b)
     if sign == "+":
         found = [
             (a_tens + b_tens) * 10 + (a_ones + b_ones) % 10,  # the carry is forgotten
@@ -146,13 +144,3 @@ def mistakes(a: int, sign: str, b: int) -> list[int]:
     if digits[-1] != "0":  # the last two digits are exchanged
         found.append((-1 if right < 0 else 1) * int(digits[:-2] + digits[-2:][::-1]))
     return [value for value in dict.fromkeys(found) if value != right]
-
-
-def _result(a: int, sign: str, b: int) -> int:
-    return {"+": a + b, "-": a - b, "*": a * b}[sign]
-
-
-def _identity(a: int, sign: str, b: int) -> str:
-    """The key, with the operands of a commutative operation in order."""
-    first, second = (a, b) if sign == "-" else sorted((a, b))
-    return f"choice:{first}{sign}{second}"
